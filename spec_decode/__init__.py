@@ -1,0 +1,1 @@
+"""Spec Decode: watch, measure and trust speculative decoding."""

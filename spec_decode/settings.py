@@ -1,0 +1,133 @@
+"""Settings: the sampling and speculation parameters of a race, validated once, here.
+
+In: numbers and names from a form, a command line or JSON. Out: a frozen `Settings` that the rest may trust, or a
+`SettingsError` that names the field and says in one sentence what it takes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_args, Literal
+
+Rule = Literal["greedy", "rejection", "coupled", "threshold"]
+RULES: tuple[str, ...] = get_args(Rule)
+POLICIES: tuple[str, ...] = ("adaptive", "threshold")
+MAX_DRAFT_LENGTH = 16
+MAX_NEW_TOKENS = 32_768
+MAX_SEED = 2**53 - 1  # the integers a browser can hold
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used. `field` names it, the message is one sentence for the person who set it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Parameters of one race.
+
+    draft_length: tokens the drafter proposes a round, 1…16, or a policy, "adaptive" or "threshold".
+    temperature: 0 is greedy decoding; up to 5.
+    top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1]; 1 keeps all.
+    top_k: keep the k most likely tokens; 0 keeps all.
+    rule: verification rule; None takes "greedy" at temperature 0 and "coupled" above it.
+    lenience: for the rule "threshold" only, in (0, 1]: accept with probability min(1, p / (lenience · q));
+        1 is exact, smaller is faster and further from the target (Leviathan et al. 2023, appendix A.5).
+    max_new_tokens: the output ends after this many tokens, exactly.
+    seed: of the noise that sampling uses.
+
+    Raises:
+        SettingsError: a value is out of range or of the wrong kind.
+    """
+
+    draft_length: int | str = "adaptive"
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    rule: str | None = None
+    lenience: float = 0.3
+    max_new_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.draft_length, str):
+            text = self.draft_length.strip().lower()
+            value: int | str = text if text in POLICIES else _integer("draft_length", text, 1, MAX_DRAFT_LENGTH)
+        else:
+            value = _integer("draft_length", self.draft_length, 1, MAX_DRAFT_LENGTH)
+        self._set("draft_length", value)
+        self._set("temperature", _number("temperature", self.temperature, 0.0, 5.0))
+        self._set("top_p", _number("top_p", self.top_p, 0.0, 1.0))
+        if self.top_p == 0.0:
+            raise SettingsError("top_p", "Top-p must be above 0; 1 keeps every token.")
+        self._set("top_k", _integer("top_k", self.top_k, 0, 1_000_000))
+        self._set("lenience", _number("lenience", self.lenience, 0.0, 1.0))
+        if self.lenience == 0.0:
+            raise SettingsError("lenience", "Lenience must be above 0; 1 is exact.")
+        self._set("max_new_tokens", _integer("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS))
+        self._set("seed", _integer("seed", self.seed, 0, MAX_SEED))
+        if self.rule in (None, "", "auto"):
+            self._set("rule", "greedy" if self.temperature == 0 else "coupled")
+        if self.rule not in RULES:
+            raise SettingsError("rule", f"Unknown rule {self.rule!r}; choose one of {', '.join(RULES)}.")
+        if self.rule == "greedy" and self.temperature > 0:
+            raise SettingsError("rule", "The greedy rule needs temperature 0; choose coupled or rejection to sample.")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def exact(self) -> bool:
+        """True when the output follows the target's own distribution."""
+        return self.rule != "threshold"
+
+    @property
+    def same_text(self) -> bool:
+        """True when both lanes must emit the same tokens, whatever the drafter does."""
+        return self.rule in ("greedy", "coupled") or (self.temperature == 0 and self.exact)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `Settings(**d)` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The field names, in order."""
+        return tuple(f.name for f in fields(cls))
+
+
+_LABELS = {
+    "draft_length": "Draft length",
+    "temperature": "Temperature",
+    "top_p": "Top-p",
+    "top_k": "Top-k",
+    "lenience": "Lenience",
+    "max_new_tokens": "Max new tokens",
+    "seed": "Seed",
+}
+
+
+def _number(field: str, value: object, low: float, high: float) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not low <= number <= high:
+        raise SettingsError(field, f"{_LABELS[field]} must be a number from {low:g} to {high:g}, not {value!r}.")
+    return number
+
+
+def _integer(field: str, value: object, low: int, high: int) -> int:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+        whole = int(value) if isinstance(value, (int, str)) else int(number)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        whole, number = low - 1, math.nan
+    if isinstance(value, bool) or whole != number or not low <= whole <= high:
+        extra = f" or one of {', '.join(POLICIES)}" if field == "draft_length" else ""
+        raise SettingsError(field, f"{_LABELS[field]} must be a whole number from {low} to {high}{extra}, not {value!r}.")
+    return whole
