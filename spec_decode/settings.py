@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args, Literal
+from typing import Any, Literal, get_args
+
+from .errors import SettingsError
 
 Rule = Literal["greedy", "rejection", "coupled", "threshold"]
 RULES: tuple[str, ...] = get_args(Rule)
@@ -16,14 +18,6 @@ POLICIES: tuple[str, ...] = ("adaptive", "threshold")
 MAX_DRAFT_LENGTH = 16
 MAX_NEW_TOKENS = 32_768
 MAX_SEED = 2**53 - 1  # the integers a browser can hold
-
-
-class SettingsError(ValueError):
-    """A setting that cannot be used. `field` names it, the message is one sentence for the person who set it."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,32 @@
+"""Errors that are the visitor's to mend: each carries one clear sentence, and no traceback need be shown."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something asked for cannot be done; the message is one sentence that says what and what to do."""
+
+
+class SettingsError(UserError, ValueError):
+    """A setting that cannot be used. `field` names it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class PromptError(UserError, ValueError):
+    """An empty prompt (`tokens` 0), or one of `tokens` tokens where only `limit` fit beside the output."""
+
+    def __init__(self, message: str, tokens: int = 0, limit: int = 0) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+        self.limit = limit
+
+
+class ModelError(UserError):
+    """A model, tokenizer or drafter that cannot be found, fetched, loaded or paired."""
+
+
+class OutOfMemory(UserError):
+    """The device ran out of memory; what was running has ended and its memory is free again."""
