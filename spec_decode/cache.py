@@ -1,0 +1,122 @@
+"""A KV cache of fixed buffers with rollback in O(1).
+
+In: keys and values from a transformers model, through its public cache interface. Out: the same, read up to a length
+bucket. Every buffer is allocated once; sliding-window layers keep their full length too and leave the window to the
+mask, since a ring buffer overwrites what a rollback needs. Rolling back moves the cursor; nothing is copied.
+
+Reading to a bucket (512, 1024, 1536, …) rather than to the exact length keeps shapes the same from round to round,
+which is what a CUDA graph needs, and makes a position's attention the same sum in every pass that reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+BUCKET = 512
+
+
+def bucket(length: int) -> int:
+    """The smallest multiple of `BUCKET` that holds `length` positions."""
+    return -(-length // BUCKET) * BUCKET
+
+
+class RollbackLayer(CacheLayerMixin):
+    """Keys and values of one layer, `[1, heads, capacity, head_dim]` each, allocated at the first update."""
+
+    is_compileable = True  # tells transformers to build masks that cover the whole bucket
+    is_croppable = True
+
+    def __init__(self, cache: RollbackCache, is_sliding: bool) -> None:
+        super().__init__()
+        self.cache = cache
+        self.is_sliding = is_sliding
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def buffer(states: Tensor) -> Tensor:
+            # Zeros, not garbage: masked positions are multiplied by 0, and 0 × NaN is NaN.
+            return states.new_zeros(*states.shape[:2], self.cache.capacity, states.shape[3])
+
+        self.keys, self.values = buffer(key_states), buffer(value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes k new positions at the cursor and returns keys and values up to the bucket."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        start, end = self.cache.length, self.cache.length + key_states.shape[2]
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        return self.keys[:, :, : bucket(end)], self.values[:, :, : bucket(end)]
+
+    def get_seq_length(self) -> int:
+        return self.cache.length
+
+    def get_max_length(self) -> int:
+        return self.cache.capacity
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return bucket(self.cache.length + query_length), 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As transformers calls it in assisted generation: drops the last −`tokens_to_remove` positions, once."""
+        if self.cache.layers[0] is self:
+            self.cache.rollback(self.cache.length + tokens_to_remove)
+
+
+class RollbackCache(Cache):
+    """All layers of one sequence and the cursor they share.
+
+    Args:
+        config: of the text model.
+        capacity: positions to make room for; rounded up to a whole bucket.
+    """
+
+    def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
+        config = config.get_text_config(decoder=True)
+        self.capacity = bucket(capacity)
+        self.length = 0
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+            kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+        unknown = set(kinds) - {"full_attention", "sliding_attention"}
+        if unknown:
+            raise ValueError(f"{config.model_type} has {', '.join(sorted(unknown))} layers, whose state cannot roll back")
+        super().__init__(layers=[RollbackLayer(self, kind == "sliding_attention") for kind in kinds])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def advance(self, tokens: int) -> None:
+        """Moves the cursor past positions that a pass has just written."""
+        self.length += tokens
+
+    def rollback(self, length: int) -> None:
+        """Forgets everything from position `length` on.
+
+        Raises:
+            ValueError: `length` is beyond what was written.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot roll back to {length}: the cache holds {self.length} positions")
+        self.length = length
+
+    def reset(self) -> None:
+        """Forgets everything and keeps the buffers."""
+        self.length = 0
+
+    def free(self) -> None:
+        """Gives the buffers back."""
+        self.reset()
+        for layer in self.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False

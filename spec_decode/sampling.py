@@ -1,0 +1,140 @@
+"""From logits to a distribution, and draws from it with noise that anyone can compute again.
+
+In: logits of any leading shape over a vocabulary. Out: float32 probabilities, and token ids. Nothing here looks at
+a model, a cache or a drafter, and nothing waits for the device (but for one short cut on the CPU, where there is
+nothing to wait for).
+
+A draw is an exponential race: with independent E ~ Exp(1), argmax p / E is distributed as p. It is the Gumbel-max
+trick without the logarithms (log p + g with g = −log E). The noise is a hash of (seed, position, token, stream), so a
+lane that reaches a position by another road meets the same noise there (Daliri et al. 2024, arXiv:2408.07978).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .settings import Settings
+
+# Streams keep the independent uses of noise at one position apart.
+TARGET, DRAFT, ACCEPT, RESIDUAL = 0, 1, 2, 3
+STREAMS = 4
+
+_MASK32 = 0xFFFFFFFF
+_CPU_SHORTLIST = 256
+
+
+def distribution(logits: Tensor, settings: Settings) -> Tensor:
+    """The distribution that `settings` make of logits: temperature, then top-k, then top-p.
+
+    Args:
+        logits: `[..., V]`, any float dtype; −inf bars a token.
+
+    Returns:
+        float32 `[..., V]`, rows summing to 1; one-hot at temperature 0. A row that holds NaN or +inf, or nothing but
+        −inf, comes back as NaN throughout, for the caller to refuse after its copy to the host. Tokens as likely as
+        the last one kept are kept too, so the result does not depend on an order among ties.
+    """
+    logits = logits.float()
+    if settings.temperature == 0:
+        p = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        return torch.where(degenerate(logits)[..., None], torch.nan, p)
+    # Subtracting the maximum first keeps a small temperature from overflowing.
+    p = ((logits - logits.amax(-1, keepdim=True)) / settings.temperature).softmax(-1)
+    if 0 < settings.top_k < p.shape[-1]:
+        p = _keep(p, p.topk(settings.top_k).values[..., -1:])
+    if settings.top_p < 1:
+        p = _keep(p, _nucleus_edge(p, settings))
+    return p
+
+
+def degenerate(logits: Tensor) -> Tensor:
+    """bool `[...]`: rows of `[..., V]` that define no distribution (NaN, +inf, or −inf throughout)."""
+    top = logits.amax(-1)  # NaN wins over everything
+    return ~top.isfinite()
+
+
+def _keep(p: Tensor, edge: Tensor) -> Tensor:
+    p = torch.where(p >= edge, p, 0.0)
+    return p / p.sum(-1, keepdim=True)
+
+
+def _nucleus_edge(p: Tensor, settings: Settings) -> Tensor:
+    """`[..., 1]`: the smallest probability inside the top-p nucleus of every row."""
+    width = p.shape[-1]
+    if 0 < settings.top_k < width:
+        # Ties at the edge of top-k can leave more than k tokens; their mass is equal, so k + 1 values do not suffice.
+        width = min(width, settings.top_k * 2 + 16)
+    elif p.device.type == "cpu":
+        width = min(width, _CPU_SHORTLIST)
+    ranked = p.topk(width).values
+    mass = ranked.cumsum(-1)
+    if width < p.shape[-1] and p.device.type == "cpu" and not bool((mass[..., -1] >= settings.top_p).all()):
+        ranked = p.sort(-1, descending=True).values
+        mass = ranked.cumsum(-1)
+    # A token stays when the mass before it is below top-p; the most likely one always does.
+    last = ((mass - ranked) < settings.top_p).sum(-1, keepdim=True).clamp_min(1) - 1
+    return ranked.gather(-1, last)
+
+
+def exponential(seed: int, positions: Tensor, vocabulary: int, stream: int = TARGET) -> Tensor:
+    """Independent Exp(1) noise, a function of (seed, position, token, stream) alone.
+
+    Args:
+        positions: integer `[k]`, absolute positions in the sequence, on the device the noise is wanted on.
+
+    Returns:
+        float32 `[k, vocabulary]`, positive.
+    """
+    tokens = torch.arange(vocabulary, dtype=torch.int32, device=positions.device)
+    return _exponential_at(seed, positions, tokens, stream)
+
+
+def uniform(seed: int, positions: Tensor, stream: int = ACCEPT) -> Tensor:
+    """Independent U(0, 1) noise `[k]` for integer `positions` `[k]`; see `exponential`."""
+    zero = torch.zeros(1, dtype=torch.int32, device=positions.device)
+    return (-_exponential_at(seed, positions, zero, stream)).exp().squeeze(-1)
+
+
+def race(p: Tensor, noise: Tensor) -> Tensor:
+    """Token ids int64 `[...]` drawn from `p` `[..., V]` with `exponential` noise of the same shape.
+
+    A token of probability 0 is never drawn.
+    """
+    return (p / noise).argmax(-1)
+
+
+def _exponential_at(seed: int, positions: Tensor, tokens: Tensor, stream: int) -> Tensor:
+    # 64 bits of key for each position, mixed into a 32-bit hash of the token in two rounds. 32-bit lanes because
+    # they multiply in vector registers everywhere, which 64-bit ones do not.
+    low = _mix_int(seed & _MASK32)
+    high = _mix_int((seed >> 32) ^ low ^ (0x9E3779B9 * (stream + 1) & _MASK32))
+    place = positions.to(torch.int32)[:, None]
+    key1 = _mix(place * _signed(0x9E3779B1) ^ _signed(low))
+    key2 = _mix(place ^ _signed(high))
+    bits = _mix(_mix(tokens[None, :] ^ key1) + key2)
+    # v uniform in (0, 1) with its finest steps near 0, where the winners of a race lie.
+    v = bits.to(torch.float32).mul_(2.0**-32)
+    v = torch.where(v < 0, v + 1.0, v).add_(2.0**-33).clamp_(max=1 - 2.0**-24)
+    return -torch.log1p(-v)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 32-bit finalizer with low bias (C. Wellons, "lowbias32", 2018), on int32 lanes that wrap."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * _signed(0x7FEB352D)
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * _signed(0x846CA68B)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _mix_int(x: int) -> int:
+    x ^= x >> 16
+    x = x * 0x7FEB352D & _MASK32
+    x ^= x >> 15
+    x = x * 0x846CA68B & _MASK32
+    return x ^ (x >> 16)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 32) if x >= 1 << 31 else x
