@@ -22,6 +22,7 @@ STREAMS = 4
 
 _MASK32 = 0xFFFFFFFF
 _CPU_SHORTLIST = 256
+_COLDEST = 1e-30  # float32 would round a temperature far below this to 0
 
 
 def distribution(logits: Tensor, settings: Settings) -> Tensor:
@@ -40,23 +41,27 @@ def distribution(logits: Tensor, settings: Settings) -> Tensor:
         p = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         return torch.where(degenerate(logits)[..., None], torch.nan, p)
     # Subtracting the maximum first keeps a small temperature from overflowing.
-    p = ((logits - logits.amax(-1, keepdim=True)) / settings.temperature).softmax(-1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(settings.temperature, _COLDEST)
+    p = logits.softmax(-1)
     if 0 < settings.top_k < p.shape[-1]:
-        p = _keep(p, p.topk(settings.top_k).values[..., -1:])
+        logits = logits.masked_fill(p < p.topk(settings.top_k).values[..., -1:], -torch.inf)
+        p = _renormalized(logits)
     if settings.top_p < 1:
-        p = _keep(p, _nucleus_edge(p, settings))
+        logits = logits.masked_fill(p < _nucleus_edge(p, settings), -torch.inf)
+        p = _renormalized(logits)
     return p
+
+
+def _renormalized(logits: Tensor) -> Tensor:
+    # Not p / p.sum(): torch splits the sum of one long row over threads but not those of several, and a row's last
+    # bits would depend on its neighbours.
+    return logits.softmax(-1)
 
 
 def degenerate(logits: Tensor) -> Tensor:
     """bool `[...]`: rows of `[..., V]` that define no distribution (NaN, +inf, or −inf throughout)."""
     top = logits.amax(-1)  # NaN wins over everything
     return ~top.isfinite()
-
-
-def _keep(p: Tensor, edge: Tensor) -> Tensor:
-    p = torch.where(p >= edge, p, 0.0)
-    return p / p.sum(-1, keepdim=True)
 
 
 def _nucleus_edge(p: Tensor, settings: Settings) -> Tensor:
@@ -93,7 +98,7 @@ def exponential(seed: int, positions: Tensor, vocabulary: int, stream: int = TAR
 def uniform(seed: int, positions: Tensor, stream: int = ACCEPT) -> Tensor:
     """Independent U(0, 1) noise `[k]` for integer `positions` `[k]`; see `exponential`."""
     zero = torch.zeros(1, dtype=torch.int32, device=positions.device)
-    return (-_exponential_at(seed, positions, zero, stream)).exp().squeeze(-1)
+    return (-_exponential_at(seed, positions, zero, stream)).exp().clamp_max(1 - 2.0**-24).squeeze(-1)
 
 
 def race(p: Tensor, noise: Tensor) -> Tensor:
