@@ -108,7 +108,7 @@ _LABELS = {
 def _number(field: str, value: object, low: float, high: float) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not low <= number <= high:
         raise SettingsError(field, f"{_LABELS[field]} must be a number from {low:g} to {high:g}, not {value!r}.")
