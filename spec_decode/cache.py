@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -88,7 +87,9 @@ class RollbackCache(Cache):
             kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
         unknown = set(kinds) - {"full_attention", "sliding_attention"}
         if unknown:
-            raise ValueError(f"{config.model_type} has {', '.join(sorted(unknown))} layers, whose state cannot roll back")
+            raise ValueError(
+                f"{config.model_type} has {', '.join(sorted(unknown))} layers, whose state cannot roll back"
+            )
         super().__init__(layers=[RollbackLayer(self, kind == "sliding_attention") for kind in kinds])
 
     def update(

@@ -123,5 +123,7 @@ def _integer(field: str, value: object, low: int, high: int) -> int:
         whole, number = low - 1, math.nan
     if isinstance(value, bool) or whole != number or not low <= whole <= high:
         extra = f" or one of {', '.join(POLICIES)}" if field == "draft_length" else ""
-        raise SettingsError(field, f"{_LABELS[field]} must be a whole number from {low} to {high}{extra}, not {value!r}.")
+        raise SettingsError(
+            field, f"{_LABELS[field]} must be a whole number from {low} to {high}{extra}, not {value!r}."
+        )
     return whole

@@ -1,0 +1,144 @@
+"""Command line: `python -m spec_decode race` and `python -m spec_decode bench`.
+
+What is asked for goes to standard output, progress and errors to standard error. Exit code 2 for bad input, 1 for a
+failure, 0 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError, OutOfMemory, UserError
+from .settings import RULES, Settings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"spec_decode: {error}", file=sys.stderr)
+        return 1 if isinstance(error, (ModelError, OutOfMemory)) else 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _race(arguments: argparse.Namespace) -> None:
+    settings = _settings(arguments)
+    _check_writable(arguments.trace)
+    from .metrics import race_report
+    from .models import load_pair
+    from .race import Race
+
+    pair = load_pair(arguments.target, arguments.drafter, arguments.device, arguments.dtype, _progress)
+    race = Race(pair, arguments.prompt, settings, arguments.system, arguments.truncate)
+    for _ in race:
+        pass
+    trace = race.trace
+    if arguments.trace:
+        Path(arguments.trace).write_text(trace.to_json(), encoding="utf-8")
+    report = race_report(trace)
+    print(json.dumps(report, ensure_ascii=False) if arguments.json else _describe(report))
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    settings = _settings(arguments)
+    _check_writable(arguments.json)
+    from .bench import bench, read_prompts, summarize, table
+    from .models import load_pair
+
+    prompts = read_prompts(arguments.prompts)
+    pair = load_pair(arguments.target, arguments.drafter, arguments.device, arguments.dtype, _progress)
+    rows: list[dict[str, Any]] = []
+    for row in bench(pair, prompts, settings, [p for p in arguments.peers.split(",") if p]):
+        rows.append(row)
+        _progress(f"{len(rows)} of {len(prompts)} prompts")
+    summary = summarize(rows)
+    print(table(rows, summary, pair.costs))
+    if arguments.json:
+        costs = pair.costs.to_dict() if pair.costs else None
+        report = {"pair": pair.info, "machine": pair.machine, "settings": settings.to_dict(), "costs": costs}
+        text = json.dumps({**report, "summary": summary, "prompts": rows}, indent=1, ensure_ascii=False)
+        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    return Settings(**{name: getattr(arguments, name) for name in Settings.names()})
+
+
+def _describe(report: dict[str, Any]) -> str:
+    pair, base, fast = report["pair"], report["baseline"], report["speculative"]
+
+    def rate(lane: dict[str, Any]) -> str:
+        speed = lane["tokens_per_second"]
+        text = "–" if speed is None else f"{speed:.1f}"
+        return f"{len(lane['token_ids']):4d} tokens   {text:>6} tokens/s   first token after {lane['prefill_seconds']:.2f} s"
+
+    lines = [fast["text"].strip(), "", f"{pair['target']} + {pair['drafter']} on {pair['device']}, {pair['dtype']}"]
+    lines += [f"baseline     {rate(base)}", f"speculative  {rate(fast)}"]
+    summary = [] if report["speedup"] is None else [f"speedup {report['speedup']:.2f}×"]
+    if fast["acceptance_rate"] is not None:
+        summary.append(f"acceptance rate {fast['acceptance_rate']:.0%}")
+    if fast["tokens_per_pass"] is not None:
+        summary.append(f"{fast['tokens_per_pass']:.2f} tokens per target pass")
+    summary.append("lanes identical" if report["identical"] else "lanes differ")
+    return "\n".join([*lines, ", ".join(summary)])
+
+
+def _progress(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="" if line != "Ready" else "\r\033[K", file=sys.stderr, flush=True)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _check_writable(path: str | None) -> None:
+    """Better refused now than after minutes of work."""
+    if path and not Path(path).absolute().parent.is_dir():
+        raise UserError(f"Cannot write {path}: its folder does not exist.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m spec_decode", description="Race a target against itself with a drafter."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    race = commands.add_parser("race", help="one prompt through both lanes")
+    race.add_argument("--prompt", required=True, help="what to ask")
+    race.add_argument("--system", help="system prompt")
+    race.add_argument("--truncate", action="store_true", help="cut a prompt that is too long instead of refusing it")
+    race.add_argument("--json", action="store_true", help="print one JSON object")
+    race.add_argument("--trace", metavar="FILE", help="write the whole trace of the race as JSON")
+    race.set_defaults(run=_race)
+    bench = commands.add_parser("bench", help="a file of prompts through both lanes and other engines")
+    bench.add_argument("--prompts", required=True, metavar="FILE", help='JSON Lines of {"id", "category", "prompt"}')
+    bench.add_argument("--peers", default="", metavar="LIST", help="comma-separated: transformers")
+    bench.add_argument("--json", metavar="OUT", help="write the report as JSON")
+    bench.set_defaults(run=_bench)
+    for command in (race, bench):
+        defaults = Settings()
+        command.add_argument("--target", default="embedded", help="embedded (default), a Hub id or a directory")
+        command.add_argument("--drafter", default=None, help="lookup (default), a Hub id or a directory")
+        command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
+        command.add_argument("--dtype", default="auto", help="auto (default), int8 (CPU), float32, float16, bfloat16")
+        command.add_argument(
+            "--draft-length", default="adaptive", metavar="N", help="1…16, adaptive (default), threshold"
+        )
+        command.add_argument("--temperature", default=defaults.temperature, metavar="T", help="0 (default) is greedy")
+        command.add_argument("--top-p", default=defaults.top_p, metavar="P")
+        command.add_argument("--top-k", default=defaults.top_k, metavar="K")
+        command.add_argument("--rule", choices=RULES, help="greedy at temperature 0, else coupled")
+        command.add_argument("--lenience", default=defaults.lenience, metavar="L", help="for the lossy rule threshold")
+        command.add_argument("--max-new-tokens", default=defaults.max_new_tokens, metavar="N")
+        command.add_argument("--seed", default=defaults.seed, metavar="N")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

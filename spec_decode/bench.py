@@ -1,0 +1,209 @@
+"""The benchmark: every prompt through both lanes, and through other engines beside them.
+
+In: prompts ({"id", "category", "prompt"} a line), a pair, settings, names of peers. Out: a report of per-prompt and
+median figures, as an object and as a table. A peer gets the same prompt ids, in the same process, on the same device.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from . import embedded
+from .errors import UserError
+from .events import SPECULATIVE, Costs
+from .metrics import acceptance_rate, race_report, tokens_per_pass
+from .models import EMBEDDED, Pair, load_model
+from .race import Race
+from .settings import Settings
+
+PEERS = ("transformers",)
+
+
+def read_prompts(path: str | Path) -> list[dict[str, str]]:
+    """The prompts of a JSON Lines file.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not an object with "id", "category" and "prompt".
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"Cannot read the prompts: {error}.") from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = json.loads(line)
+            prompts.append({key: str(prompt[key]) for key in ("id", "category", "prompt")})
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f'{path}, line {number}: not an object with "id", "category" and "prompt".') from error
+    if not prompts:
+        raise UserError(f"{path} holds no prompts.")
+    return prompts
+
+
+def bench(
+    pair: Pair, prompts: Iterable[dict[str, str]], settings: Settings, peers: Iterable[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """One row of figures a prompt, as each is finished; rates in tokens/s, times in seconds.
+
+    Raises:
+        UserError: a peer is not known.
+        ModelError: a peer cannot be loaded.
+    """
+    runners: dict[str, Callable[[list[int]], dict[str, Any]]] = {}
+    for peer in peers:
+        if peer not in PEERS:
+            raise UserError(f"Unknown peer {peer!r}; choose among {', '.join(PEERS)}.")
+        runners[peer] = _transformers(pair, settings)
+    _discard(Race(pair, "Warm up.", Settings(max_new_tokens=8)))
+    for prompt in prompts:
+        race = Race(pair, prompt["prompt"], settings)
+        _discard(race)
+        report, lane = race_report(race.trace), race.trace.lane(SPECULATIVE)
+        row: dict[str, Any] = {
+            "id": prompt["id"],
+            "category": prompt["category"],
+            "prompt_tokens": report["prompt_tokens"],
+            "tokens": len(report["baseline"]["token_ids"]),
+            "baseline": report["baseline"]["tokens_per_second"],
+            "speculative": report["speculative"]["tokens_per_second"],
+            "speedup": report["speedup"],
+            "acceptance_rate": acceptance_rate(lane),
+            "tokens_per_pass": tokens_per_pass(lane),
+            "identical": report["identical"],
+            "peers": {name: run(race.ids) for name, run in runners.items()},
+        }
+        yield row
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the prompts, all and by category, and how many had identical lanes."""
+
+    def middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        figures: dict[str, Any] = {
+            key: _median(row[key] for row in rows)
+            for key in ("baseline", "speculative", "speedup", "acceptance_rate", "tokens_per_pass")
+        }
+        for name in rows[0]["peers"]:
+            figures[name] = _median(row["peers"][name]["tokens_per_second"] for row in rows)
+            figures[f"baseline / {name}"] = _median(_ratio(row["baseline"], row["peers"][name]) for row in rows)
+        return figures
+
+    categories = sorted({row["category"] for row in rows})
+    return {
+        "prompts": len(rows),
+        "identical": sum(row["identical"] for row in rows),
+        "median": middle(rows),
+        "categories": {c: middle([row for row in rows if row["category"] == c]) for c in categories},
+    }
+
+
+def table(rows: list[dict[str, Any]], summary: dict[str, Any], costs: Costs | None) -> str:
+    """The report as Markdown."""
+    peers = list(rows[0]["peers"])
+    head = ["prompt", "category", "tokens", *(f"{peer} tok/s" for peer in peers), "baseline tok/s", "speculative tok/s"]
+    head += ["speedup", "acceptance", "tokens/pass", "identical"]
+    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
+    for row in rows:
+        cells = [row["id"], row["category"], str(row["tokens"])]
+        cells += [_show(row["peers"][peer]["tokens_per_second"], 1) for peer in peers]
+        cells += [_show(row["baseline"], 1), _show(row["speculative"], 1), _show(row["speedup"], 2) + "×"]
+        cells += [
+            _show(row["acceptance_rate"], 2),
+            _show(row["tokens_per_pass"], 2),
+            "yes" if row["identical"] else "no",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    figures = summary["median"]
+    cells = ["**median**", "", ""] + [_show(figures[peer], 1) for peer in peers]
+    cells += [_show(figures["baseline"], 1), _show(figures["speculative"], 1), _show(figures["speedup"], 2) + "×"]
+    cells += [_show(figures["acceptance_rate"], 2), _show(figures["tokens_per_pass"], 2)]
+    cells.append(f"{summary['identical']} of {summary['prompts']}")
+    lines.append("| " + " | ".join(cells) + " |")
+    for peer in peers:
+        lines += ["", f"Baseline against {peer}, median over prompts: {_show(figures[f'baseline / {peer}'], 2)}×."]
+    if costs:
+        passes = ", ".join(f"{g + 1} tokens {costs.verify_ratio[g]:.2f}×" for g in (1, 2, 4, 8, 16))
+        lines += ["", f"Target pass over 1 token: {costs.step_seconds * 1e3:.1f} ms; relative to it: {passes}."]
+    return "\n".join(lines)
+
+
+class _FirstToken(BaseStreamer):
+    """Notes when `generate` hands over the first token it made."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.first = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.calls += 1
+        if self.calls == 2:  # the first call is the prompt
+            self.first = time.perf_counter()
+
+    def end(self) -> None:
+        pass
+
+
+def _transformers(pair: Pair, settings: Settings) -> Callable[[list[int]], dict[str, Any]]:
+    """Plain `model.generate` of transformers: float32 on the CPU, the pair's dtype elsewhere."""
+    device = pair.target.device
+    model: PreTrainedModel = pair.target.model
+    if pair.dtype == "int8":
+        path = str(embedded.prepare()) if pair.name == EMBEDDED else pair.name
+        model = load_model(path, device, "float32")
+
+    def run(ids: list[int]) -> dict[str, Any]:
+        prompt, watch = torch.tensor([ids], device=device), _FirstToken()
+        sampling: dict[str, Any] = {"do_sample": settings.temperature > 0}
+        if settings.temperature > 0:
+            torch.manual_seed(settings.seed)
+            sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+        begun = time.perf_counter()
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=settings.max_new_tokens,
+            streamer=watch,
+            pad_token_id=0,
+            **sampling,
+        )
+        ended = time.perf_counter()
+        tokens = output.shape[1] - len(ids)
+        return {
+            "tokens": tokens,
+            "prefill_seconds": watch.first - begun,
+            "tokens_per_second": (tokens - 1) / (ended - watch.first) if tokens > 1 else None,
+        }
+
+    run([1, 2, 3])
+    return run
+
+
+def _discard(race: Race) -> None:
+    for _ in race:
+        pass
+
+
+def _ratio(ours: float | None, peer: dict[str, Any]) -> float | None:
+    theirs = peer["tokens_per_second"]
+    return ours / theirs if ours and theirs else None
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return median(present) if present else None
+
+
+def _show(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

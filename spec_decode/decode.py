@@ -1,0 +1,187 @@
+"""Decoding: a prompt goes in, `Round`s come out. The whole algorithm is `_decode`.
+
+In: a Target, perhaps a Drafter and a controller of draft length, the prompt's ids, a text stream, settings. Out: a
+generator of rounds; closing it ends the lane and frees its cache. Baseline is the same loop with no drafter, so both
+lanes run the same arithmetic on the same noise. Knows nothing of clocks across lanes, of chat, or of who watches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import verification
+from .clock import Stopwatch
+from .draft_length import Controller
+from .drafters import Draft, Drafter
+from .errors import UserError
+from .events import BASELINE, SPECULATIVE, Role, Round, Token
+from .sampling import ACCEPT, RESIDUAL, TARGET, degenerate, distribution, exponential, uniform
+from .settings import Settings
+from .target import Target
+from .text import TextStream
+from .verification import Verdict
+
+
+def baseline(target: Target, prompt: list[int], text: TextStream, settings: Settings) -> Iterator[Round]:
+    """The target alone, one token a pass."""
+    return _decode(BASELINE, target, None, None, prompt, text, settings)
+
+
+def speculative(
+    target: Target, drafter: Drafter, lengths: Controller, prompt: list[int], text: TextStream, settings: Settings
+) -> Iterator[Round]:
+    """The target with a drafter, one round at a time."""
+    return _decode(SPECULATIVE, target, drafter, lengths, prompt, text, settings)
+
+
+def _decode(
+    lane: str,
+    target: Target,
+    drafter: Drafter | None,
+    lengths: Controller | None,
+    prompt: list[int],
+    text: TextStream,
+    settings: Settings,
+) -> Iterator[Round]:
+    hidden = drafter is not None and drafter.needs_hidden
+    capacity = len(prompt) + settings.max_new_tokens
+    cache = target.new_cache(capacity)
+    left = settings.max_new_tokens
+    position = len(prompt)  # of the next token to be drawn
+    clock, index = 0.0, 0
+    begun = time.perf_counter()
+    try:
+        if drafter is not None:
+            drafter.start(prompt, settings, capacity)
+        feed = torch.tensor(prompt, device=target.device)
+        draft = Draft(feed[:0])
+        length, ended = 0, False
+        while left > 0 and not ended:
+            watch = Stopwatch(target.device)
+            if index > 0 and drafter is not None and lengths is not None:
+                # A round emits at most γ + 1 tokens, so the last ones are drafted no further than they may go.
+                length = min(lengths.choose(), left - 1)
+                draft = drafter.draft(length) if length > 0 else Draft(feed[:0])
+            watch.mark()
+            if index == 0:
+                passed = target.prefill(feed, cache, hidden)
+            else:
+                passed = target.verify(torch.cat([feed, draft.ids]), cache, hidden)
+            verdict, shown = _verify(draft, passed.logits, position, settings)
+            ids, accepted, own, p, q, refused, kl = _to_host(draft, passed.logits, verdict, shown)
+            watch.mark()
+
+            emitted = [*ids[:accepted], own]
+            for count, token in enumerate(emitted, 1):
+                if token in target.eos:
+                    emitted, ended = emitted[:count], True
+                    break
+            if drafter is not None:
+                drafter.extend(emitted, passed)
+            position += len(emitted)
+            left -= len(emitted)
+            cache.rollback(position - 1)  # the last token has not been read yet
+            feed = verdict.token.reshape(1)
+
+            role: Role = "target" if not ids else "bonus" if accepted == len(ids) else "correction"
+            tokens = _tokens(text, ids, emitted, accepted, own, role, p, q, flush=ended or left == 0)
+            now = time.perf_counter()
+            seconds, begun = now - begun, now
+            clock += seconds
+            laps = watch.laps()
+            done = Round(lane, index, tokens, length, laps[0], laps[1], seconds, clock, refused, kl)
+            if lengths is not None and index > 0:
+                lengths.observe(done)
+            index += 1
+            yield done
+            begun = time.perf_counter()  # what the reader of rounds does is not this lane's time
+    finally:
+        cache.free()
+        if drafter is not None:
+            drafter.close()
+
+
+def _verify(draft: Draft, logits: Tensor, position: int, settings: Settings) -> tuple[Verdict, Tensor]:
+    """The verdict of the rule in `settings`, and the target's probabilities `[γ + 1, V]` worth showing."""
+    seed, vocabulary = settings.seed, logits.shape[-1]
+    places = torch.arange(position, position + logits.shape[0], device=logits.device)
+    if settings.temperature == 0:
+        p = logits.float().softmax(-1)
+        if settings.rule == "threshold":
+            u, noise = uniform(seed, places[:-1]), p  # neither is used
+            return verification.threshold(draft.ids, p, None, u, noise, settings.lenience, argmax=True), p
+        return verification.greedy(draft.ids, logits), p  # every exact rule is the greedy one at temperature 0
+    p = distribution(logits, settings)
+    if settings.rule == "coupled":
+        return verification.coupled(draft.ids, p, exponential(seed, places, vocabulary, TARGET)), p
+    u = uniform(seed, places[:-1], ACCEPT)
+    noise = exponential(seed, places, vocabulary, RESIDUAL)
+    if settings.rule == "rejection":
+        return verification.rejection(draft.ids, p, draft.probabilities, u, noise), p
+    return verification.threshold(draft.ids, p, draft.probabilities, u, noise, settings.lenience, argmax=False), p
+
+
+def _to_host(
+    draft: Draft, logits: Tensor, verdict: Verdict, p: Tensor
+) -> tuple[list[int], int, int, list[float], list[float | None], int | None, float | None]:
+    """Everything the host needs of a round, in one copy. Ids below 2^24 are exact in float32.
+
+    Raises:
+        UserError: the logits are NaN, +inf, or −inf throughout.
+    """
+    n = draft.ids.shape[0]
+    own_p = p.gather(0, verdict.accepted.reshape(1, 1).expand(1, p.shape[-1]))[0].gather(0, verdict.token.reshape(1))
+    parts = [
+        degenerate(logits).any().reshape(1),
+        verdict.accepted.reshape(1),
+        verdict.token.reshape(1),
+        own_p,
+        draft.ids,
+        p[:n].gather(-1, draft.ids[:, None])[:, 0],
+    ]
+    if draft.confidence is not None:
+        parts.append(draft.confidence)
+    if verdict.refused is not None and verdict.kl is not None:
+        parts += [verdict.refused.reshape(1), verdict.kl.reshape(1)]
+    values = torch.cat([part.float() for part in parts]).tolist()
+    if values[0]:
+        raise UserError(
+            "The target produced logits that are not finite numbers; try another dtype or check its weights."
+        )
+    accepted, own = int(values[1]), int(values[2])
+    ids = [int(x) for x in values[4 : 4 + n]]
+    target_p = [*values[4 + n : 4 + 2 * n], values[3]]
+    rest = values[4 + 2 * n :]
+    confidence: list[float | None] = [None] * n
+    if draft.confidence is not None:
+        confidence, rest = rest[:n], rest[n:]
+    return ids, accepted, own, target_p, confidence, int(rest[0]) if rest else None, rest[1] if rest else None
+
+
+def _tokens(
+    text: TextStream,
+    ids: list[int],
+    emitted: list[int],
+    accepted: int,
+    own: int,
+    role: Role,
+    p: list[float],
+    q: list[float | None],
+    flush: bool,
+) -> tuple[Token, ...]:
+    """The round's tokens in display order. One that ends the text early keeps only the drafts up to its end."""
+    tokens = [
+        Token(ids[i], text.push(ids[i]), "accepted", p[i], q[i], i + 1) for i in range(min(accepted, len(emitted)))
+    ]
+    if len(emitted) > accepted:
+        aside = text.fork()
+        tokens += [Token(ids[i], aside.push(ids[i]), "rejected", p[i], q[i], i + 1) for i in range(accepted, len(ids))]
+        tokens.append(Token(own, text.push(own), role, p[-1]))
+    if flush and (tail := text.flush()):
+        last = tokens[-1]
+        tokens[-1] = Token(last.id, last.text + tail, last.role, last.p, last.q, last.draft_position)
+    return tuple(tokens)

@@ -1,0 +1,127 @@
+"""How many tokens to draft: controllers that learn from rounds.
+
+In: finished rounds and the pair's measured costs. Out: γ for the next round, 0…γmax, where 0 is a plain step.
+Deterministic given the rounds; plain Python, no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from .events import Costs, Round
+from .settings import MAX_DRAFT_LENGTH, Settings
+
+
+class Controller(Protocol):
+    """Chooses γ before a round, and is told how the round went."""
+
+    def choose(self) -> int:
+        """γ of the next round."""
+
+    def observe(self, round: Round) -> None:
+        """The round is over."""
+
+
+class Fixed:
+    """Always the same γ."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def choose(self) -> int:
+        return self.length
+
+    def observe(self, round: Round) -> None:
+        pass
+
+
+class Threshold:
+    """γ from the acceptance rate of recent rounds: above 0.9 → 6, above 0.7 → 4, else 2."""
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self.decay = decay
+        self.accepted = self.drafted = 0.0
+
+    def choose(self) -> int:
+        rate = self.accepted / self.drafted if self.drafted else 0.8
+        return 6 if rate > 0.9 else 4 if rate > 0.7 else 2
+
+    def observe(self, round: Round) -> None:
+        if round.drafted:
+            self.accepted = self.decay * self.accepted + round.accepted
+            self.drafted = self.decay * self.drafted + round.drafted
+
+
+class Adaptive:
+    """The γ that maximizes modelled tokens per second.
+
+    Tokens a round brings: 1 + Σ of products of per-position acceptance, each a decayed average of what was seen, beyond
+    what was tried taken as the last. Seconds a round takes: measured costs, corrected by what rounds of that γ really
+    took. When a plain step wins, every now and then a short draft is tried, at intervals that double while drafting
+    goes on losing, so that the exploration costs a vanishing share and a change is still noticed.
+    """
+
+    def __init__(self, costs: Costs | None, longest: int = MAX_DRAFT_LENGTH, decay: float = 0.92) -> None:
+        self.longest = longest
+        self.decay = decay
+        # Optimistic at first, with the weight of two trials: the first rounds try a real draft.
+        self.taken = [1.4] * longest
+        self.tried = [2.0] * longest
+        if costs is None:
+            costs = Costs(1.0, tuple(1 + 0.05 * g for g in range(longest + 1)), 0.05)
+        ratio = costs.verify_ratio
+        self.modelled = [
+            costs.step_seconds * (ratio[min(g, len(ratio) - 1)] + g * costs.draft_ratio) for g in range(longest + 1)
+        ]
+        self.scale = [1.0] * (longest + 1)  # measured over modelled seconds
+        self.seen = [False] * (longest + 1)
+        self.since_draft = 0
+        self.patience = 8
+        self.probe = False
+
+    def choose(self) -> int:
+        best = max(range(self.longest + 1), key=self._rate)
+        self.probe = best == 0 and self.since_draft >= self.patience
+        return self._cheap_probe() if self.probe else best
+
+    def observe(self, round: Round) -> None:
+        drafted, accepted = round.drafted, round.accepted
+        for i in range(min(accepted + 1, drafted, self.longest)):
+            self.tried[i] = self.decay * self.tried[i] + 1
+            self.taken[i] = self.decay * self.taken[i] + (i < accepted)
+        if drafted <= self.longest and round.seconds > 0:
+            # Neighbouring draft lengths share most of what makes the model wrong (context length, a busy machine).
+            error = min(max(round.seconds / self.modelled[drafted], 0.25), 4.0)
+            for g in range(self.longest + 1):
+                weight = 0.2 if g == drafted else 0.04
+                self.scale[g] += weight * (error - self.scale[g])
+        if drafted == 0:
+            self.since_draft += 1
+        else:
+            if self.probe:
+                self.patience = 8 if accepted else min(self.patience * 2, 256)
+            self.since_draft = 0
+
+    def expected_tokens(self, length: int) -> float:
+        """Tokens a round of draft length `length` is expected to emit."""
+        expected = reach = 1.0
+        for i in range(length):
+            reach *= self.taken[i] / self.tried[i]
+            expected += reach
+        return expected
+
+    def _rate(self, length: int) -> float:
+        return self.expected_tokens(length) / (self.modelled[length] * self.scale[length])
+
+    def _cheap_probe(self) -> int:
+        """The draft that costs little more than a step and still tells something."""
+        return 2 if self.modelled[2] * self.scale[2] < 1.25 * self.modelled[0] * self.scale[0] else 1
+
+
+def controller(settings: Settings, costs: Costs | None) -> Controller:
+    """The controller that `settings.draft_length` names."""
+    if settings.draft_length == "adaptive":
+        return Adaptive(costs)
+    if settings.draft_length == "threshold":
+        return Threshold()
+    return Fixed(int(settings.draft_length))

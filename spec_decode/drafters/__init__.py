@@ -1,0 +1,48 @@
+"""Drafters: whatever guesses the next γ tokens cheaply.
+
+A drafter is fed the sequence as it grows and asked for a draft; it never sees the target's verdict but through what
+was emitted. `Draft.probabilities` is q when, and only when, the ids were drawn from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..settings import Settings
+from ..target import Pass
+
+
+@dataclass(frozen=True)
+class Draft:
+    """ids: int64 `[n]`, n ≤ γ, on the target's device. probabilities: q, float32 `[n, V]`, which the ids were drawn
+    from, or None when they were not drawn (lookup, argmax). confidence: float32 `[n]`, the drafter's probability of
+    each id, for the eye only."""
+
+    ids: Tensor
+    probabilities: Tensor | None = None
+    confidence: Tensor | None = None
+
+
+class Drafter(Protocol):
+    """What decoding asks of a drafter. One instance serves one lane at a time; `start` begins a new sequence.
+
+    needs_hidden: the target's last hidden states are wanted in `extend`.
+    """
+
+    name: str
+    needs_hidden: bool
+
+    def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
+        """A new sequence begins with `prompt`; it will not grow beyond `capacity` positions."""
+
+    def extend(self, tokens: list[int], target: Pass) -> None:
+        """`tokens` were emitted by the pass `target`; the next draft continues after the last of them."""
+
+    def draft(self, length: int) -> Draft:
+        """Up to `length` ≥ 1 tokens that may come next."""
+
+    def close(self) -> None:
+        """The sequence is over; its memory can go."""

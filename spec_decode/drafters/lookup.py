@@ -1,0 +1,60 @@
+"""Prompt lookup: the longest suffix of the sequence that occurred before, and what followed it then.
+
+No weights, no device work (A. Saxena, "Prompt Lookup Decoding", 2023). Cheap because every n-gram is indexed once, as
+the sequence grows: a draft is a few dictionary look-ups.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..settings import Settings
+from ..target import Pass
+from . import Draft
+
+
+class LookupDrafter:
+    """Drafts by n-gram match, longest first (`longest`…`shortest` tokens), the most recent match winning.
+
+    A match that runs into the end of the sequence goes on with the draft itself, so a repetition of any period is
+    continued for as long as asked.
+    """
+
+    name = "lookup"
+    needs_hidden = False
+
+    def __init__(self, device: torch.device | str = "cpu", longest: int = 4, shortest: int = 2) -> None:
+        self.device = torch.device(device)
+        self.sizes = range(longest, shortest - 1, -1)
+        self.tokens: list[int] = []
+        self.index: dict[tuple[int, ...], int] = {}
+
+    def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
+        self.tokens, self.index = [], {}
+        self._append(prompt)
+
+    def extend(self, tokens: list[int], target: Pass) -> None:
+        self._append(tokens)
+
+    def draft(self, length: int) -> Draft:
+        return Draft(torch.tensor(self._continuation(length), dtype=torch.long, device=self.device))
+
+    def close(self) -> None:
+        self.tokens, self.index = [], {}
+
+    def _append(self, tokens: list[int]) -> None:
+        for token in tokens:
+            # Index what ends just before the new token, so that a suffix never finds itself.
+            end = len(self.tokens)
+            for n in self.sizes:
+                if end >= n:
+                    self.index[tuple(self.tokens[end - n :])] = end
+            self.tokens.append(token)
+
+    def _continuation(self, length: int) -> list[int]:
+        for n in self.sizes:
+            follows = self.index.get(tuple(self.tokens[-n:])) if len(self.tokens) >= n else None
+            if follows is not None:
+                period = self.tokens[follows:]
+                return [period[i % len(period)] for i in range(length)]
+        return []

@@ -1,0 +1,91 @@
+"""A smaller causal model with the same tokenizer as drafter.
+
+It keeps a cache of its own in step with the sequence: what was emitted and already read stays, what was refused is
+rolled back, and only tokens it has not read are fed, so none is computed twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from ..sampling import DRAFT, TARGET, distribution, exponential, race
+from ..settings import Settings
+from ..target import Pass, Target
+from . import Draft
+
+
+class ModelDrafter:
+    """Drafts γ tokens one after another with `model`, sampled as `settings` say.
+
+    At temperature 0 the draft is the argmax (no q); with the coupled rule it is drawn with the noise the target will
+    use; with the other rules it is drawn with noise of its own.
+    """
+
+    needs_hidden = False
+
+    def __init__(self, model: Target, name: str, vocabulary: int) -> None:
+        self.model = model
+        self.name = name
+        self.vocabulary = vocabulary
+
+    def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
+        self.settings = settings
+        self.tokens = list(prompt)
+        self.cache = self.model.new_cache(capacity)
+
+    def extend(self, tokens: list[int], target: Pass) -> None:
+        # Read so far: all of the old sequence and the draft but its last token. What was emitted agrees with the draft
+        # up to the target's own token, which the drafter has not read.
+        self.cache.rollback(min(self.cache.length, len(self.tokens) + len(tokens) - 1))
+        self.tokens += tokens
+
+    @torch.inference_mode()
+    def draft(self, length: int) -> Draft:
+        feed = torch.tensor(self.tokens[self.cache.length :], device=self.model.device)
+        ids: list[Tensor] = []
+        drawn: list[Tensor] = []
+        confidence: list[Tensor] = []
+        sampling = self.settings.temperature > 0
+        for i in range(length):
+            logits = self.model.prefill(feed, self.cache).logits[:, : self.vocabulary].float()
+            if logits.shape[1] < self.vocabulary:
+                logits = torch.nn.functional.pad(logits, (0, self.vocabulary - logits.shape[1]), value=-torch.inf)
+            if sampling:
+                q = distribution(logits, self.settings)
+                position = torch.full((1,), len(self.tokens) + i, device=self.model.device)
+                stream = TARGET if self.settings.rule == "coupled" else DRAFT
+                feed = race(q, exponential(self.settings.seed, position, self.vocabulary, stream))
+                drawn.append(q)
+            else:
+                q = logits.softmax(-1)
+                feed = logits.argmax(-1)
+            ids.append(feed)
+            confidence.append(q.gather(-1, feed[:, None])[:, 0])
+        return Draft(torch.cat(ids), torch.cat(drawn) if drawn else None, torch.cat(confidence))
+
+    def close(self) -> None:
+        self.cache.free()
+
+
+def check_same_vocabulary(target: object, drafter: object) -> None:
+    """Refuses two tokenizers that do not give every id the same meaning.
+
+    Args:
+        target, drafter: transformers tokenizers.
+
+    Raises:
+        ModelError: they differ; the message names the first entries that do.
+    """
+    ours = {i: t for t, i in target.get_vocab().items()}  # type: ignore[attr-defined]
+    theirs = {i: t for t, i in drafter.get_vocab().items()}  # type: ignore[attr-defined]
+    differing = [i for i in sorted(ours.keys() | theirs.keys()) if ours.get(i) != theirs.get(i)]
+    if differing:
+        shown = "; ".join(
+            f"id {i} is {ours.get(i)!r} for the target, {theirs.get(i)!r} for the drafter" for i in differing[:3]
+        )
+        raise ModelError(
+            f"The drafter does not share the target's tokenizer ({len(differing)} of {len(ours | theirs)} entries differ: "
+            f"{shown}); choose a drafter of the same model family."
+        )
