@@ -1,0 +1,127 @@
+// Four figures, drawn by the Plotly that comes with the plotly package and updated in place.
+// In: props.value, JSON {run, rate, acceptance, final} (see spec_decode/ui/plots.py); props.plotly, the script's path.
+const root = element.querySelector(".sd-plots");
+const boxes = {};
+for (const node of root.querySelectorAll("[data-plot]")) boxes[node.dataset.plot] = node;
+let data = null, loading = null, scheduled = false;
+
+function plotly() {
+  if (window.Plotly) return Promise.resolve(window.Plotly);
+  loading = loading || new Promise((resolve, reject) => {
+    const script = document.createElement("script");
+    script.src = props.plotly;
+    script.onload = () => resolve(window.Plotly);
+    script.onerror = () => { loading = null; script.remove(); reject(new Error("plotly")); };
+    document.head.append(script);
+  });
+  return loading;
+}
+
+function look() {
+  const style = getComputedStyle(root);
+  const colour = (name) => style.getPropertyValue("--sd-" + name).trim();
+  return {
+    ink: colour("ink"), muted: colour("muted"), line: colour("line"), accent: colour("accent"),
+    base: colour("base"), bonus: colour("bonus"), font: style.fontFamily,
+  };
+}
+
+function layout(c, x, y) {
+  const axis = (title, more) => ({
+    title: { text: title, font: { size: 11, color: c.muted }, standoff: 6 }, gridcolor: c.line, linecolor: c.line,
+    zeroline: false, tickfont: { size: 11, color: c.muted }, automargin: true, fixedrange: true, rangemode: "tozero", ...more,
+  });
+  return {
+    autosize: true, margin: { l: 44, r: 12, t: 26, b: 40 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: c.font, size: 12, color: c.ink }, showlegend: true, hovermode: "closest", uirevision: "keep",
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11, color: c.ink }, itemclick: false, itemdoubleclick: false },
+    xaxis: axis(x.title, x), yaxis: axis(y.title, y), hoverlabel: { font: { family: c.font, size: 12 } },
+  };
+}
+
+const CONFIG = { displayModeBar: false, responsive: true };
+const draws = {
+  rate(P, c) {
+    const line = (lane, name, color, width, dash) => ({
+      x: data.rate[lane][0], y: data.rate[lane][1], name, mode: "lines", line: { color, width, dash },
+      hovertemplate: "%{y:.1f} tok/s at %{x:.1f} s<extra>" + name + "</extra>",
+    });
+    return [[line("baseline", "baseline", c.base, 2, "dot"), line("speculative", "speculative", c.accent, 2.5, "solid")],
+      layout(c, { title: "lane time, s" }, { title: "tokens/s" })];
+  },
+  acceptance(P, c) {
+    const [x, share, mean] = data.acceptance;
+    return [[
+      { x, y: share, name: "round", mode: "markers", marker: { color: c.base, size: 5, opacity: 0.55 }, hovertemplate: "round %{x}: %{y:.0%}<extra></extra>" },
+      { x, y: mean, name: "running mean", mode: "lines", line: { color: c.accent, width: 2.5 }, hovertemplate: "mean to round %{x}: %{y:.1%}<extra></extra>" },
+    ], layout(c, { title: "round" }, { title: "accepted", range: [-0.04, 1.04], tickformat: ".0%", rangemode: "normal" })];
+  },
+  passes(P, c) {
+    const [x, y] = data.final.passes;
+    return [[{ x, y, name: "target passes", type: "bar", marker: { color: c.accent }, hovertemplate: "%{y} passes gave %{x} tokens<extra></extra>" }],
+      { ...layout(c, { title: "tokens from one target pass", dtick: 1, rangemode: "normal" }, { title: "passes" }), showlegend: false, bargap: 0.25 }];
+  },
+  model(P, c) {
+    const m = data.final.model;
+    const traces = [];
+    if (m.predicted.length) {
+      traces.push({ x: m.lengths, y: m.predicted, name: "predicted", mode: "lines+markers", line: { color: c.accent, width: 2.5 }, marker: { size: 6 }, hovertemplate: "γ = %{x}: %{y:.2f}× predicted<extra></extra>" });
+      traces.push({ x: [m.best], y: [m.predicted[m.best - 1]], name: "best γ = " + m.best, mode: "markers", marker: { symbol: "circle-open", size: 15, color: c.accent, line: { width: 2.5 } }, hoverinfo: "skip" });
+    }
+    const near = m.measured[0].map((n, i) => [n, m.measured[1][i]]).filter(([n]) => n >= 1 && n <= 8);
+    if (near.length) traces.push({ x: near.map((p) => p[0]), y: near.map((p) => p[1]), name: "measured", mode: "markers", marker: { symbol: "diamond", size: 9, color: c.bonus }, hovertemplate: "γ = %{x}: %{y:.2f}× measured<extra></extra>" });
+    const base = { type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { color: c.base, width: 1.5, dash: "dot" } };
+    return [traces, { ...layout(c, { title: "draft length γ", range: [0.5, 8.5], dtick: 1, rangemode: "normal" }, { title: "speedup ×" }), shapes: [base] }];
+  },
+};
+
+function says(name) {
+  const last = (a) => a[a.length - 1];
+  if (name === "rate") return "Tokens per second over lane time. Baseline " + (last(data.rate.baseline[1]) ?? "–") + ", speculative " + (last(data.rate.speculative[1]) ?? "–") + " at the end.";
+  if (name === "acceptance") return "Acceptance rate per round. Running mean " + Math.round(100 * (last(data.acceptance[2]) ?? 0)) + " percent.";
+  if (name === "passes") return "Tokens per target pass: " + data.final.passes[0].map((n, i) => data.final.passes[1][i] + " passes gave " + n).join(", ") + ".";
+  return "Predicted speedup by draft length: " + data.final.model.predicted.map((s, i) => i + 1 + ": " + s).join(", ") + ". Best " + data.final.model.best + ".";
+}
+
+async function draw() {
+  scheduled = false;
+  if (!data) return;
+  let P;
+  try { P = await plotly(); } catch (error) { root.dataset.state = "broken"; return; }
+  if (!data) return;
+  root.dataset.state = "drawn";
+  const began = performance.now();
+  const c = look();
+  const wanted = data.final ? ["rate", "acceptance", "passes", "model"] : ["rate", "acceptance"];
+  for (const name of Object.keys(boxes)) {
+    const box = boxes[name], canvas = box.querySelector(".sd-canvas");
+    const empty = name === "model" && data.final && !data.final.model.predicted.length && !data.final.model.measured[0].length;
+    const full = wanted.includes(name) && !empty;
+    box.dataset.state = full ? "drawn" : data.final ? "none" : "waiting";
+    if (!full) continue;
+    const [traces, plan] = draws[name](P, c);
+    await P.react(canvas, traces, plan, CONFIG);
+    canvas.setAttribute("role", "img");
+    canvas.setAttribute("aria-label", says(name));
+  }
+  root.spent = (root.spent || 0) + performance.now() - began;
+  root.draws = (root.draws || 0) + 1;
+}
+
+function schedule() {
+  if (scheduled) return;
+  scheduled = true;
+  requestAnimationFrame(draw);
+}
+function receive() {
+  const value = props.value ? JSON.parse(props.value) : null;
+  data = value && value.run ? value : null;
+  if (data) return schedule();
+  root.dataset.state = "idle";
+  for (const box of Object.values(boxes)) box.dataset.state = "waiting";
+}
+
+new MutationObserver(schedule).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+watch("value", receive);
+receive();
+setTimeout(() => plotly().catch(() => {}), 1500);

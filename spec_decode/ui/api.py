@@ -1,0 +1,86 @@
+"""The endpoint `/race`: a race for programs, over the same device and queue as the page's.
+
+In: a prompt and settings by name. Out: while it runs `{"status": "running", …}`, in the end the trace, which
+`Trace.from_json(json.dumps(trace))` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from ..errors import UserError
+from ..settings import Settings
+from .engine import Engine
+from .feed import Feed
+from .run import Asked, run
+
+Endpoint = Callable[..., Iterator[dict[str, Any]]]
+
+
+def race_endpoint(engine: Engine) -> Endpoint:
+    """The function behind `/race`; its signature and docstring are the API's documentation."""
+
+    def race(
+        prompt: str,
+        draft_length: str = "adaptive",
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        rule: str = "auto",
+        lenience: float = 0.3,
+        drafter: str = "",
+        system: str = "",
+        truncate: bool = False,
+        request: gr.Request = None,  # type: ignore[assignment]  # given by Gradio, not a parameter of the API
+    ) -> Iterator[dict[str, Any]]:
+        """Race a prompt through the baseline and the speculative lane, and return the trace.
+
+        Args:
+            prompt: what the model is asked.
+            draft_length: "adaptive", "threshold", or a number from 1 to 16.
+            temperature: 0 is greedy decoding; up to 5.
+            top_p: keep the most likely tokens up to this probability; 1 keeps all.
+            top_k: keep this many most likely tokens; 0 keeps all.
+            max_new_tokens: each lane ends after so many.
+            seed: of the noise that sampling uses.
+            rule: "auto", "greedy", "rejection", "coupled", or "threshold", which is lossy.
+            lenience: for the rule "threshold" only, above 0 and up to 1; 1 is exact.
+            drafter: a drafter the page offers; empty takes the pair's own.
+            system: a system prompt; empty takes the model's own.
+            truncate: cut a prompt that is too long instead of refusing it.
+
+        Returns:
+            The trace of the finished race: pair, settings, machine, prompt, rounds with every token, and how each
+            lane ended. Updates before it hold only {"status": "running", "baseline": tokens, "speculative": tokens}.
+        """
+        try:
+            settings = Settings(
+                draft_length=draft_length,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                rule=rule,
+                lenience=lenience,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+            )
+            visitor = f"{request.session_hash if request else ''}/{uuid.uuid4().hex}"
+            asked = Asked(visitor, prompt, settings, system or None, drafter or None, truncate)
+            for view in run(engine, asked, Feed(), draw=False):
+                if view.problem:
+                    raise gr.Error(view.problem, print_exception=False)
+                if view.trace:
+                    yield json.loads(view.trace.to_json())
+                else:
+                    yield {"status": "running", **view.counts}
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return race

@@ -1,0 +1,62 @@
+"""The two custom components of the page: `gr.HTML` with our own template and script from assets/.
+
+In: JSON text from `feed` and `plots`. Their templates do not mention the value, so Gradio has nothing to render again
+when it changes; the scripts append to the page themselves. The style sheet is page-wide (`theme.py`): Gradio writes a
+component's own style sheet anew on every update, which would restyle thousands of tokens ten times a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import gradio as gr
+
+from .feed import Feeds, idle
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+
+
+def asset(name: str) -> str:
+    """The text of a file in assets/."""
+    return (ASSETS / name).read_text(encoding="utf-8")
+
+
+def token_view(feeds: Feeds) -> gr.HTML:
+    """The two lanes and the score board; its value is a batch of `feed.Feed`.
+
+    Where the view missed batches it calls the server function `missing`, which looks them up in `feeds`.
+    """
+
+    def missing(asked: str) -> str:
+        return feeds.missing(asked)
+
+    return gr.HTML(
+        idle(),
+        html_template=asset("token_view.html"),
+        js_on_load=asset("token_view.js"),
+        apply_default_css=False,
+        server_functions=[missing],
+        elem_id="sd-token-view",
+    )
+
+
+def figures() -> gr.HTML:
+    """The four figures; the value is JSON of `plots.Curves.live` and `plots.final`.
+
+    `gr.Plot` builds a figure anew for each update, which flickers and loses the visitor's place, so the figures are
+    drawn here by `Plotly.react`, with the plotly.min.js that the plotly package ships. It is served from this machine.
+    """
+    spec = importlib.util.find_spec("plotly")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("The figures need the package plotly: pip install plotly")
+    script = Path(spec.origin).parent / "package_data" / "plotly.min.js"
+    gr.set_static_paths([script])
+    return gr.HTML(
+        "",
+        html_template=asset("figures.html"),
+        js_on_load=asset("figures.js"),
+        apply_default_css=False,
+        plotly=f"gradio_api/file={script}",
+        elem_id="sd-figures",
+    )

@@ -1,0 +1,202 @@
+"""The one device behind the page: loads the pair in the background, then runs one race at a time on one thread.
+
+In: a loader of a pair and the `Race` class, both handed in so that nothing here imports torch. Out: `status()` for
+the page, and `open`, `advance`, `close` for whoever runs a race. Every touch of the model happens on one worker
+thread, for thread-local state (inference mode, CUDA context, thread teams) must not change under a race; a race
+advances only while somebody waits for it, so sending and drawing never run on a lane's clock.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeVar
+
+from ..errors import ModelError, UserError
+from ..events import Round, Trace
+from ..settings import Settings
+
+T = TypeVar("T")
+Progress = Callable[[str], None]
+
+
+class Pair(Protocol):
+    """What the app needs of `models.Pair`."""
+
+    @property
+    def info(self) -> dict[str, Any]: ...
+
+    def use_drafter(self, name: str) -> None: ...
+
+
+class Race(Protocol):
+    """What the app needs of `race.Race`."""
+
+    def __iter__(self) -> Iterator[Round]: ...
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    @property
+    def trace(self) -> Trace: ...
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where the engine stands: `message` is one sentence for the visitor, `pair` is `Pair.info` once ready."""
+
+    phase: Literal["loading", "ready", "failed"]
+    message: str
+    pair: dict[str, Any] | None = None
+    drafters: tuple[str, ...] = ()
+
+
+class Engine:
+    """The device, its pair and its queue of one."""
+
+    def __init__(self, load: Callable[[Progress], Any], race: Callable[..., Any], drafters: tuple[str, ...] = ()) -> None:
+        """`load(progress)` returns the pair; `race(pair, prompt, settings, system, truncate)` a race over it.
+
+        `drafters` are the names visitors may choose besides the pair's own: they are never free to name one, for
+        a name is a download or a path on the server.
+        """
+        self._load, self._race, self._extra = load, race, drafters
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._status = Status("loading", "Starting.")
+        self._lock = threading.Lock()
+        self._pair: Any = None
+        self._own_drafter = ""
+        self._loading = False
+        self._running: dict[str, OpenRace] = {}
+        threading.Thread(target=self._work, name="engine", daemon=True).start()
+
+    def start(self) -> None:
+        """Load the pair in the background; does nothing while it is loading or loaded."""
+        with self._lock:
+            if self._pair is not None or self._loading:
+                return
+            self._loading = True
+            self._status = Status("loading", "Loading PyTorch and the model.")
+        self._submit(self._load_now)
+
+    def status(self) -> Status:
+        """The state for the page; cheap, callable from any thread."""
+        return self._status
+
+    def open(
+        self, visitor: str, prompt: str, settings: Settings, system: str | None, drafter: str | None, truncate: bool
+    ) -> OpenRace:
+        """A race ready to advance.
+
+        Raises:
+            PromptError: empty or too long. ModelError: not loaded, or the drafter cannot be used.
+        """
+        if self._pair is None:
+            raise ModelError(f"The model is not ready: {self._status.message}")
+        if drafter and drafter not in self._status.drafters:
+            raise ModelError(f"Unknown drafter {drafter!r}; choose one of {', '.join(self._status.drafters)}.")
+
+        def prepare() -> Any:
+            wanted = drafter or self._own_drafter
+            if wanted != self._pair.info.get("drafter"):
+                self._pair.use_drafter(wanted)
+            return self._race(self._pair, prompt, settings, system=system or None, truncate=truncate)
+
+        opened = OpenRace(self._submit(prepare).result(), self._submit)
+        self._running[visitor] = opened
+        return opened
+
+    def close(self, visitor: str, race: OpenRace) -> None:
+        """End a race and free its memory; safe to call twice."""
+        if self._running.get(visitor) is race:
+            del self._running[visitor]
+        race.close()
+
+    def stop(self, visitor: str) -> bool:
+        """Stop this visitor's race within one round; False when there is none."""
+        race = self._running.get(visitor)
+        if race:
+            race.stop()
+        return race is not None
+
+    def _load_now(self) -> None:
+        def progress(message: str) -> None:
+            self._status = Status("loading", message)
+
+        try:
+            pair = self._load(progress)
+            self._own_drafter = str(pair.info.get("drafter") or "lookup")
+            drafters = tuple(dict.fromkeys((self._own_drafter, *self._extra)))
+            self._pair, self._status = pair, Status("ready", "Ready.", dict(pair.info), drafters)
+        except UserError as error:
+            self._status = Status("failed", str(error))
+        except Exception as error:  # whatever a library threw must reach the page as a sentence
+            traceback.print_exc(file=sys.stderr)
+            self._status = Status("failed", f"The model could not be loaded ({type(error).__name__}: {error}).")
+        finally:
+            self._loading = False
+
+    def _submit(self, job: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._jobs.put((future, job))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            future, job = self._jobs.get()
+            try:
+                future.set_result(job())
+            except BaseException as error:  # handed to whoever waits on the future
+                future.set_exception(error)
+            del future, job  # else the last race would stay alive until the next job
+
+
+class OpenRace:
+    """A race on the engine's thread, advanced slice by slice."""
+
+    def __init__(self, race: Race, submit: Callable[[Callable[[], Any]], Future[Any]]) -> None:
+        self._race: Race = race
+        self._submit = submit
+        self._rounds = iter(race)
+        self._closed = False
+
+    def advance(self, seconds: float) -> tuple[list[Round], bool]:
+        """The rounds of the next `seconds` (at least one round), and True when the race has ended.
+
+        Raises:
+            OutOfMemory: the device ran out of memory.
+        """
+        return self._submit(lambda: self._slice(seconds)).result()
+
+    def _slice(self, seconds: float) -> tuple[list[Round], bool]:
+        rounds: list[Round] = []
+        end = time.perf_counter() + seconds
+        while True:
+            r = next(self._rounds, None)
+            if r is None:
+                return rounds, True
+            rounds.append(r)
+            if time.perf_counter() >= end:
+                return rounds, False
+
+    def stop(self) -> None:
+        """End the race within one round; callable from any thread."""
+        self._race.stop()
+
+    @property
+    def trace(self) -> Trace:
+        return self._race.trace
+
+    def close(self) -> None:
+        """Stop, and free the race's memory on the engine's thread without waiting for it."""
+        if not self._closed:
+            self._closed = True
+            self._race.stop()
+            self._submit(self._race.close)

@@ -1,0 +1,97 @@
+"""The page: what stands where. What happens on a click is in `wiring`.
+
+In: an `Engine`. Out: `gr.Blocks`, and the options its `launch` needs.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gradio as gr
+
+from .api import race_endpoint
+from .components import asset, figures, token_view
+from .controls import settings_panel
+from .engine import Engine
+from .feed import Feeds
+from .theme import head, theme
+from .wiring import DEVICE, QUIET, Page, wire
+
+
+def launch_options() -> dict[str, Any]:
+    """Keyword arguments for `Blocks.launch` (Gradio takes the look of a page there)."""
+    return {"theme": theme(), "head": head(), "footer_links": ["api", "gradio"], "quiet": True}
+
+
+def examples() -> list[dict[str, str]]:
+    """The example prompts: {"id", "category", "prompt"} each."""
+    return [json.loads(line) for line in asset("examples.jsonl").splitlines() if line.strip()]
+
+
+def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
+    """The page over this engine; `max_queue` visitors may wait, the next is told to come back later."""
+    feeds = Feeds()
+    with gr.Blocks(title="Spec Decode", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as blocks:
+        _html(asset("header.html"), "sd-header")
+        with gr.Row(elem_id="sd-page"):
+            with gr.Column(elem_id="sd-rail", min_width=280, scale=0):
+                prompt = gr.Textbox(
+                    label="Prompt",
+                    lines=5,
+                    max_lines=12,
+                    elem_id="sd-prompt",
+                    placeholder="Ask for something, or take an example below.",
+                )
+                note = _html("", "sd-note", visible=False)
+                truncate = gr.Button("Truncate and run", size="sm", elem_id="sd-truncate", visible=False)
+                with gr.Row(elem_id="sd-buttons"):
+                    go = gr.Button("Run", variant="primary", elem_id="sd-run", interactive=False, min_width=80, scale=2)
+                    leave = gr.Button("Stop", elem_id="sd-leave", visible=False, min_width=80, scale=2)
+                    stop = gr.Button("Stop", elem_id="sd-stop", visible=False, min_width=80, scale=2)
+                    clear = gr.Button("Clear", elem_id="sd-clear", min_width=80, scale=1)
+                status = _html("", "sd-status")
+                retry = gr.Button("Try again", size="sm", elem_id="sd-retry", visible=False)
+                with gr.Row(elem_id="sd-examples"):
+                    for example in examples():
+                        chip = gr.Button(
+                            example["id"].replace("-", " "), size="sm", min_width=0, scale=0, elem_classes="sd-chip"
+                        )
+                        chip.click(None, None, prompt, js=f"() => {json.dumps(example['prompt'])}", **QUIET)
+                with gr.Accordion("Settings", open=False, elem_id="sd-settings"):
+                    controls, drafter, system = settings_panel()
+            with gr.Column(elem_id="sd-main", min_width=320):
+                view = token_view(feeds)
+                plots = figures()
+                download = gr.DownloadButton("Download trace (JSON)", size="sm", elem_id="sd-download", interactive=False)
+        wire(
+            engine,
+            feeds,
+            Page(
+                prompt=prompt,
+                system=system,
+                drafter=drafter,
+                controls=controls,
+                go=go,
+                leave=leave,
+                stop=stop,
+                clear=clear,
+                retry=retry,
+                truncate=truncate,
+                note=note,
+                status=status,
+                view=view,
+                plots=plots,
+                download=download,
+                ticket=gr.State({}),
+                timer=gr.Timer(0.5),
+            ),
+            blocks,
+        )
+        gr.api(race_endpoint(engine), api_name="race", concurrency_id=DEVICE, concurrency_limit=1)
+    blocks.queue(max_size=max_queue, api_open=False)
+    return blocks
+
+
+def _html(value: str, elem_id: str, visible: bool = True) -> gr.HTML:
+    return gr.HTML(value, elem_id=elem_id, apply_default_css=False, js_on_load=None, visible=visible)

@@ -1,0 +1,95 @@
+"""One race from prompt to trace, as a stream of what a page has to show.
+
+In: an `Engine` and what the visitor asked for. Out: `View`s, a few a second: a batch for the token view always, series
+for the figures now and then, the trace at the end. Whoever stops iterating frees the device: the race is stopped and
+closed in `finally`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UserError
+from ..events import Trace
+from ..settings import Settings
+from .engine import Engine
+from .feed import Feed, dumps
+from .plots import Curves, Throttle, final
+from .tally import Tally
+
+SLICE = 0.1  # seconds of work between two updates of the page
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a visitor asked for. `visitor` is the session; `drafter` None takes the pair's own."""
+
+    visitor: str
+    prompt: str
+    settings: Settings
+    system: str | None = None
+    drafter: str | None = None
+    truncate: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """One update of the page: JSON for the token view, JSON for the figures or None, the trace when finished."""
+
+    tokens: str
+    figures: str | None = None
+    trace: Trace | None = None
+    problem: str | None = None
+    counts: dict[str, int] = field(default_factory=dict)  # tokens so far by lane
+
+
+def run(engine: Engine, asked: Asked, feed: Feed, draw: bool = True) -> Iterator[View]:
+    """Race, and say what to show. A device out of memory ends in a `View` with a `problem`, what came before kept.
+
+    Raises:
+        PromptError, ModelError: the race could not begin.
+    """
+    race = engine.open(asked.visitor, asked.prompt, asked.settings, asked.system, asked.drafter, asked.truncate)
+    try:
+        tally, curves, throttle = Tally(), Curves(), Throttle()
+        about = _about(asked.settings)
+        began = time.perf_counter()
+        done, problem = False, None
+        while not done:
+            try:
+                rounds, done = race.advance(SLICE)
+            except UserError as error:
+                rounds, done, problem = [], True, str(error)
+            except Exception as error:  # the page must outlive whatever a library throws
+                traceback.print_exc(file=sys.stderr)
+                rounds, done, problem = [], True, f"The race broke off ({type(error).__name__}: {error})."
+            for r in rounds:
+                tally.add(r)
+                curves.add(r)
+            feed.add(rounds)
+            trace = race.trace if done else None
+            stats = tally.to_dict(trace) | {"wall": time.perf_counter() - began}
+            phase = "failed" if problem else "done" if done else "running"
+            tokens = feed.batch(phase, stats, about=about)
+            figures = None
+            if draw and (done or throttle.due()):
+                start = time.perf_counter()
+                figures = dumps({"run": feed.run, **curves.live(), "final": final(trace) if trace else None})
+                throttle.drawn(time.perf_counter() - start)
+            yield View(tokens, figures, trace, problem, {name: lane.tokens for name, lane in tally.lanes.items()})
+    finally:
+        engine.close(asked.visitor, race)
+
+
+def _about(settings: Settings) -> dict[str, Any]:
+    return {
+        "rule": settings.rule,
+        "exact": settings.exact,
+        "same_text": settings.same_text,
+        "limit": settings.max_new_tokens,
+    }

@@ -1,0 +1,172 @@
+"""A pair and a race with no model: deterministic rounds at a chosen pace, for the tests of the app.
+
+`FakePair` and `FakeRace` speak the interface of `models.Pair` and `race.Race`. Texts come from a word list, or from
+`texts` where a test wants particular tokens; every figure derives from the seed, so two runs are equal.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from spec_decode.errors import ModelError, OutOfMemory, PromptError
+from spec_decode.events import BASELINE, SPECULATIVE, Costs, Round, Token, Trace
+from spec_decode.settings import Settings
+
+WORDS = (
+    "The light of the sun enters a drop of rain , bends , and comes back in every colour at once . "
+    "A second drop sends another angle to the eye \n\n and so the arc is drawn by millions of them . "
+    "Each step 🌈 is small ; together they fill half of the sky \n def rainbow ( n ) : return sorted ( n )"
+).split(" ")
+
+STEP = 0.030  # seconds of a simulated target pass
+DRAFT = 0.002  # seconds of a simulated draft step
+
+
+class FakePair:
+    """Two drafters by name, a context of 512 words, no weights."""
+
+    def __init__(
+        self,
+        pace: float = 0.0,
+        texts: list[str] | None = None,
+        context: int = 512,
+        memory: int | None = None,
+        failing_drafter: str = "broken",
+    ) -> None:
+        """`pace` scales simulated seconds to slept ones; `memory` is the round at which the memory runs out."""
+        self.pace, self.texts, self.context, self.memory = pace, texts, context, memory
+        self.failing_drafter = failing_drafter
+        self.drafter = "fake-drafter"
+        self.races: list[FakeRace] = []
+        self.costs = Costs(STEP, (1.0, 1.03, 1.05, 1.08, 1.12, 1.18, 1.24, 1.3, 1.36), DRAFT / STEP)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"target": "fake-target", "drafter": self.drafter, "device": "cpu", "dtype": "float32"}
+
+    def use_drafter(self, name: str) -> None:
+        if name == self.failing_drafter:
+            raise ModelError(f"The drafter {name!r} has another tokenizer than the target.")
+        self.drafter = name
+
+
+class FakeRace:
+    """Iterating yields rounds of both lanes, the lane whose clock is behind first."""
+
+    def __init__(
+        self, pair: FakePair, prompt: str, settings: Settings, system: str | None = None, truncate: bool = False
+    ) -> None:
+        tokens, limit = len(prompt.split()), pair.context - settings.max_new_tokens
+        if not prompt.strip():
+            raise PromptError("Write a prompt first.")
+        if tokens > limit and not truncate:
+            raise PromptError(f"The prompt has {tokens} tokens; {max(limit, 0)} fit beside the output.", tokens, limit)
+        self.pair, self.prompt, self.settings, self.tokens = pair, prompt, settings, min(tokens, limit)
+        self.rounds: list[Round] = []
+        self.finish = {BASELINE: "running", SPECULATIVE: "running"}
+        self.stopped = self.closed = False
+        pair.races.append(self)
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def close(self) -> None:
+        self.closed = True
+
+    @property
+    def trace(self) -> Trace:
+        return Trace(
+            pair=self.pair.info,
+            settings=self.settings.to_dict(),
+            machine={"device": "fake"},
+            prompt=self.prompt,
+            prompt_tokens=self.tokens,
+            rounds=tuple(self.rounds),
+            finish=dict(self.finish),
+            costs=self.pair.costs,
+        )
+
+    def __iter__(self) -> Iterator[Round]:
+        lanes = {BASELINE: self._baseline(), SPECULATIVE: self._speculative()}
+        clocks = dict.fromkeys(lanes, 0.0)
+        while lanes:
+            if self.stopped:
+                self.finish.update({lane: "cancelled" for lane in lanes})
+                return
+            lane = min(lanes, key=lambda name: clocks[name])
+            r = next(lanes[lane], None)
+            if r is None:
+                del lanes[lane]
+                self.finish[lane] = "length"
+                continue
+            if self.pair.memory is not None and r.index >= self.pair.memory:
+                raise OutOfMemory("The device ran out of memory; ask for fewer new tokens.")
+            if self.pair.pace:
+                time.sleep((r.clock - clocks[lane]) * self.pair.pace)
+            clocks[lane] = r.clock
+            self.rounds.append(r)
+            yield r
+
+    def _text(self, position: int) -> str:
+        if self.pair.texts is not None:
+            return self.pair.texts[position % len(self.pair.texts)]
+        word = WORDS[(position + self.settings.seed) % len(WORDS)]
+        return word if word.strip() != word or position == 0 else " " + word
+
+    def _token(self, position: int, role: Any, p: float, q: float | None = None, draft: int | None = None) -> Token:
+        return Token(1000 + position, self._text(position), role, round(p, 4), q, draft)
+
+    def _baseline(self) -> Iterator[Round]:
+        noise, clock = random.Random(self.settings.seed), 0.12
+        for i in range(self.settings.max_new_tokens):
+            seconds = 0.12 if i == 0 else STEP * noise.uniform(0.9, 1.2)
+            clock = seconds if i == 0 else clock + seconds
+            token = self._token(i, "target", noise.uniform(0.3, 1))
+            yield Round(BASELINE, i, (token,), 0, 0.0, seconds, seconds, clock)
+
+    def _speculative(self) -> Iterator[Round]:
+        settings, noise = self.settings, random.Random(self.settings.seed + 1)
+        lossy = not settings.exact
+        yield Round(SPECULATIVE, 0, (self._token(0, "target", 0.9),), 0, 0.0, 0.125, 0.125, 0.125)
+        clock, done, index = 0.125, 1, 1
+        while done < settings.max_new_tokens:
+            fixed = settings.draft_length if isinstance(settings.draft_length, int) else noise.choice((0, 2, 4, 6))
+            left = settings.max_new_tokens - done
+            drafted = min(fixed, left)
+            accepted = 0
+            while accepted < drafted and noise.random() < 0.72:
+                accepted += 1
+            tokens = [
+                self._token(done + i, "accepted", noise.uniform(0.5, 1), round(noise.uniform(0.4, 1), 4), i + 1)
+                for i in range(accepted)
+            ]
+            if accepted < left:
+                tokens += [
+                    Token(9000 + i, " wrong" if i % 2 else " guess", "rejected", 0.02, 0.4, accepted + i + 1)
+                    for i in range(drafted - accepted)
+                ]
+                role = "target" if not drafted else "bonus" if accepted == drafted else "correction"
+                tokens.append(self._token(done + accepted, role, noise.uniform(0.4, 1)))
+            emitted = min(accepted + 1, left)
+            draft, verify = DRAFT * drafted, STEP * (1 + 0.03 * drafted) * noise.uniform(0.9, 1.2)
+            clock += draft + verify
+            yield Round(
+                SPECULATIVE, index, tuple(tokens), fixed, draft, verify, draft + verify, clock,
+                noise.choice((0, 0, 1)) if lossy else None, round(noise.uniform(0, 0.1), 4) if lossy else None,
+            )  # fmt: skip
+            done, index = done + emitted, index + 1
+
+
+def fake_load(pair: FakePair, seconds: float = 0.0) -> Callable[[Callable[[str], None]], FakePair]:
+    """A loader for `ui.Engine` that reports two steps and returns `pair`."""
+
+    def load(progress: Callable[[str], None]) -> FakePair:
+        progress("Reading weights")
+        time.sleep(seconds)
+        progress("Measuring the pair")
+        return pair
+
+    return load
