@@ -1,0 +1,18 @@
+"""What every test shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+
+
+@pytest.fixture(scope="session")
+def embedded_dir() -> Path:
+    """The embedded target's checkpoint, made once and kept in the user's cache."""
+    from spec_decode import embedded
+
+    return embedded.prepare(print)
