@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return Race(*args, **options)
 
-    engine = Engine(load, race, drafters=("lookup",))
+    engine = Engine(load, race, drafters=("lookup",), own=flags.drafter)
     page = build(engine, flags.max_queue)
     try:
         _, url, _ = page.launch(

@@ -264,5 +264,13 @@ const keys = (event) => {
 };
 document.addEventListener("keydown", keys, true);
 
+// The settings stand open where there is room beside the race; the panel may be mounted after this component.
+const unfold = (tries) => {
+  const panel = document.querySelector("#sd-settings > button");
+  if (!panel) return tries && setTimeout(unfold, 50, tries - 1);
+  if (window.innerWidth > 960 && !panel.classList.contains("open")) panel.click();
+};
+setTimeout(unfold, 0, 100);
+
 watch("value", () => receive(props.value));
 receive(props.value);

@@ -61,18 +61,24 @@ class Status:
 class Engine:
     """The device, its pair and its queue of one."""
 
-    def __init__(self, load: Callable[[Progress], Any], race: Callable[..., Any], drafters: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        load: Callable[[Progress], Any],
+        race: Callable[..., Any],
+        drafters: tuple[str, ...] = (),
+        own: str | None = None,
+    ) -> None:
         """`load(progress)` returns the pair; `race(pair, prompt, settings, system, truncate)` a race over it.
 
-        `drafters` are the names visitors may choose besides the pair's own: they are never free to name one, for
-        a name is a download or a path on the server.
+        `own` is the name the pair's drafter was loaded by. `drafters` are the names visitors may choose besides it:
+        they are never free to name one, for a name is a download or a path on the server.
         """
-        self._load, self._race, self._extra = load, race, drafters
+        self._load, self._race, self._extra, self._own = load, race, drafters, own
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         self._status = Status("loading", "Starting.")
         self._lock = threading.Lock()
         self._pair: Any = None
-        self._own_drafter = ""
+        self._drafter = ""  # the label of the one in use; the first of `Status.drafters` is the pair's own
         self._loading = False
         self._running: dict[str, OpenRace] = {}
         threading.Thread(target=self._work, name="engine", daemon=True).start()
@@ -104,9 +110,11 @@ class Engine:
             raise ModelError(f"Unknown drafter {drafter!r}; choose one of {', '.join(self._status.drafters)}.")
 
         def prepare() -> Any:
-            wanted = drafter or self._own_drafter
-            if wanted != self._pair.info.get("drafter"):
-                self._pair.use_drafter(wanted)
+            own = self._status.drafters[0]
+            wanted = drafter or own
+            if wanted != self._drafter:
+                self._pair.use_drafter(self._own if wanted == own else wanted)
+                self._drafter = wanted
             return self._race(self._pair, prompt, settings, system=system or None, truncate=truncate)
 
         opened = OpenRace(self._submit(prepare).result(), self._submit)
@@ -132,8 +140,8 @@ class Engine:
 
         try:
             pair = self._load(progress)
-            self._own_drafter = str(pair.info.get("drafter") or "lookup")
-            drafters = tuple(dict.fromkeys((self._own_drafter, *self._extra)))
+            self._drafter = str(pair.info["drafter"])
+            drafters = tuple(dict.fromkeys((self._drafter, *self._extra)))
             self._pair, self._status = pair, Status("ready", "Ready.", dict(pair.info), drafters)
         except UserError as error:
             self._status = Status("failed", str(error))
@@ -165,6 +173,7 @@ class OpenRace:
         self._race: Race = race
         self._submit = submit
         self._rounds = iter(race)
+        self._error: Exception | None = None
         self._closed = False
 
     def advance(self, seconds: float) -> tuple[list[Round], bool]:
@@ -176,10 +185,18 @@ class OpenRace:
         return self._submit(lambda: self._slice(seconds)).result()
 
     def _slice(self, seconds: float) -> tuple[list[Round], bool]:
+        if self._error:
+            raise self._error
         rounds: list[Round] = []
         end = time.perf_counter() + seconds
         while True:
-            r = next(self._rounds, None)
+            try:
+                r = next(self._rounds, None)
+            except Exception as error:
+                if not rounds:
+                    raise
+                self._error = error  # told next time: the rounds before it are worth showing
+                return rounds, False
             if r is None:
                 return rounds, True
             rounds.append(r)

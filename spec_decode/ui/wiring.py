@@ -76,12 +76,14 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         engine.start()
         return {page.timer: gr.update(active=True), page.retry: hidden, page.status: status_html(engine.status())}
 
-    def check(truncate: bool, values: tuple[Any, ...]) -> dict[Any, Any]:
+    def check(truncate: bool, text: str | None, values: tuple[Any, ...]) -> dict[Any, Any]:
         named = dict(zip(CONTROLS, values, strict=True))
         wrong = problem(named)
         out: dict[Any, Any] = dict(zip(form, help_updates(named, wrong), strict=True))
         if wrong:
             out[page.note] = note_html("See the settings: " + str(wrong))
+        elif not (text or "").strip():
+            out[page.note] = note_html("Write a prompt first, or take one of the examples.")
         else:
             out |= {
                 page.ticket: {"id": secrets.token_hex(8), "truncate": truncate},
@@ -97,10 +99,10 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         request: gr.Request, ticket: dict[str, Any], text: str, system: str, drafter: str, *values: Any
     ) -> Iterator[dict[Any, Any]]:
         settings = settings_from_form(dict(zip(CONTROLS, values, strict=True)))
-        asked = Asked(str(request.session_hash), text or "", settings, system, drafter, ticket["truncate"])
+        wanted = Asked(str(request.session_hash), text or "", settings, system, drafter, ticket["truncate"])
         yield {page.leave: hidden, page.stop: shown, page.status: status_html(engine.status(), "Racing.")}
         try:
-            for view in run(engine, asked, feeds.open()):
+            for view in run(engine, wanted, feeds.open()):
                 out: dict[Any, Any] = {page.view: view.tokens}
                 if view.figures:
                     out[page.plots] = view.figures
@@ -138,10 +140,11 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     page.timer.tick(poll, None, watched, **AT_ONCE)
     page.retry.click(again, None, [page.timer, page.retry, page.status], **AT_ONCE)
 
+    asked = [page.prompt, *form]
     checked = [page.ticket, page.note, page.truncate, page.go, page.leave, page.status, *form]
     # a changed gr.State wakes its listeners only when the event went through the queue; this one never waits there
-    page.go.click(lambda *v: check(False, v), form, checked, preprocess=False, concurrency_limit=None, **QUIET)
-    page.truncate.click(lambda *v: check(True, v), form, checked, preprocess=False, concurrency_limit=None, **QUIET)
+    page.go.click(lambda text, *v: check(False, text, v), asked, checked, preprocess=False, concurrency_limit=None, **QUIET)
+    page.truncate.click(lambda text, *v: check(True, text, v), asked, checked, preprocess=False, concurrency_limit=None, **QUIET)
     resting = [page.leave, page.stop, page.go, page.status]
     running = page.ticket.change(
         race,

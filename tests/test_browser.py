@@ -1,0 +1,304 @@
+"""The app in a real browser: once on the embedded model, once on a fake pair that says what a test needs it to say.
+
+Needs Chromium (its path in CHROMIUM, else the usual ones) and the package playwright; skipped without.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ui_fakes import FakePair, FakeRace, fake_load
+
+playwright = pytest.importorskip("playwright.sync_api")
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+EVIL = ["<img src=x onerror=\"document.title='owned'\">", "</span>", "<script>document.title='owned'</script>", " fine", "\n", "{{value}}", "${1+1}"]
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def real_app() -> Iterator[str]:
+    """`python app.py` on the embedded model."""
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port)], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, FakePair]]:
+    from spec_decode.ui import Engine, build, launch_options
+
+    pair = FakePair()
+    engine = Engine(fake_load(pair), FakeRace, ("lookup",))
+    page = build(engine)
+    _, url, _ = page.launch(server_port=free_port(), prevent_thread_lock=True, **launch_options())
+    engine.start()
+    yield url, pair
+    page.close()
+
+
+@pytest.fixture
+def fake_app(served: tuple[str, FakePair]) -> Any:
+    """A function that lends the page of a fake pair with the given traits: `fake_app(pace=1)` is (address, pair)."""
+    url, pair = served
+
+    def lend(**traits: Any) -> tuple[str, FakePair]:
+        vars(pair).update(vars(FakePair(**traits)))
+        return url, pair
+
+    return lend
+
+
+class Visitor:
+    """A page that remembers every console error and every request that left this machine."""
+
+    def __init__(self, browser: Any, url: str, width: int = 1280, height: int = 900, theme: str = "light") -> None:
+        self.errors: list[str] = []
+        self.outside: list[str] = []
+        self.page = browser.new_page(viewport={"width": width, "height": height})
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.on("request", self._request)
+        self.page.goto(f"{url}?__theme={theme}")
+
+    def _request(self, request: Any) -> None:
+        if not request.url.startswith(("data:", "blob:", "http://127.0.0.1:", "http://localhost:")):
+            self.outside.append(request.url)
+
+    def ready(self) -> Visitor:
+        self.page.wait_for_selector("#sd-run:not([disabled])", timeout=180_000)
+        return self
+
+    def run(self, prompt: str, **numbers: float) -> None:
+        for name, value in numbers.items():
+            self.page.fill(f"#sd-{name.replace('_', '-')} input", str(value))
+        self.page.fill("#sd-prompt textarea", prompt)
+        self.page.click("#sd-run")
+
+    def phase(self, name: str, timeout: float = 120) -> None:
+        self.page.wait_for_selector(f'.sd-race[data-phase="{name}"]', timeout=1000 * timeout)
+
+    def text(self, selector: str) -> str:
+        return str(self.page.inner_text(selector))
+
+    def count(self, selector: str) -> int:
+        return int(self.page.locator(selector).count())
+
+    def violations(self) -> list[str]:
+        """axe-core's serious and critical findings, as "rule: selector"."""
+        from axe_playwright_python.sync_playwright import Axe
+
+        found = Axe().run(self.page).response["violations"]
+        return [
+            f"{v['id']}: {node['target']}"
+            for v in found
+            if v["impact"] in ("serious", "critical")
+            for node in v["nodes"]
+        ]
+
+
+def test_a_race_of_the_embedded_model(browser: Any, real_app: str) -> None:
+    visitor = Visitor(browser, real_app)
+    page = visitor.page
+    assert "Baseline" in visitor.text("#sd-main"), "the page is there before the model"
+    visitor.ready()
+    visitor.run("Copy this line twice: <img src=x onerror=\"document.title='owned'\"> </span>", max_new_tokens=40)
+    visitor.phase("running", 60)
+    visitor.phase("done")
+    for lane in ("baseline", "speculative"):
+        assert 1 <= int(visitor.text(f'[data-k="{lane}.tokens"]')) <= 40
+        assert visitor.text(f".sd-{lane} .sd-text").strip()
+        assert float(visitor.text(f'[data-k="{lane}.rate"]')) > 0
+    assert visitor.text('[data-k="identical"]') == "✓ identical"
+    assert visitor.count(".sd-speculative .sd-text .a") > 0, "prompt lookup finds the line it copies"
+    assert visitor.count(".sd-text img") == 0 and page.title() == "Spec Decode"
+    page.wait_for_selector('[data-plot="model"][data-state="drawn"] .main-svg')
+    assert visitor.count(".main-svg") >= 4
+    assert visitor.errors == [] and visitor.outside == []
+
+    visitor.run("Write a long story about a lighthouse.", max_new_tokens=400)
+    visitor.phase("running", 60)
+    page.wait_for_function("document.querySelectorAll('.sd-baseline .sd-text .t').length > 5")
+    page.keyboard.press("Escape")
+    visitor.phase("done", 30)
+    assert "stopped" in visitor.text(".sd-baseline header")
+    assert int(visitor.text('[data-k="baseline.tokens"]')) < 400
+    page.wait_for_selector("#sd-run:not([disabled])")
+    assert visitor.errors == []
+    page.close()
+
+
+def test_model_output_is_text_never_markup(browser: Any, fake_app: Any) -> None:
+    visitor = Visitor(browser, fake_app(texts=EVIL)[0]).ready()
+    visitor.run("hello", max_new_tokens=60)
+    visitor.phase("done")
+    shown = visitor.page.eval_on_selector(".sd-baseline .sd-text", "e => e.textContent")
+    assert "".join((EVIL * 9)[:60]) == shown
+    assert visitor.count(".sd-text img, .sd-text script") == 0
+    assert visitor.page.title() == "Spec Decode" and visitor.errors == []
+    visitor.page.close()
+
+
+def test_two_thousand_tokens_arrive_whole_and_are_walked_by_keys(browser: Any, fake_app: Any) -> None:
+    visitor = Visitor(browser, fake_app(context=40_000)[0]).ready()
+    page = visitor.page
+    visitor.run("hello", max_new_tokens=2000)
+    visitor.phase("done")
+    assert visitor.count(".sd-baseline .sd-text .t") == 2000
+    texts = [page.eval_on_selector(f".sd-{lane} .sd-text", "e => [...e.querySelectorAll('.t:not(.r)')].map(t => t.textContent).join('')") for lane in ("baseline", "speculative")]
+    assert texts[0] == texts[1]
+    for role in ("a", "r", "c", "b", "t0"):
+        assert visitor.count(f".sd-speculative .sd-text .{role}") > 0
+    styles = page.evaluate(
+        "['a','r','c','b'].map(c => { const s = getComputedStyle(document.querySelector('.sd-text .' + c));"
+        " return [s.backgroundColor, s.textDecorationLine + s.textDecorationStyle + s.boxShadow] })"
+    )
+    assert len({s[0] for s in styles}) == 4 and len({s[1] for s in styles}) == 4, "told apart by colour and by mark"
+    assert page.evaluate("(e => e.scrollHeight - e.scrollTop - e.clientHeight < 30)(document.querySelector('.sd-baseline .sd-text'))")
+
+    page.focus(".sd-speculative .sd-text")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    tip = visitor.text(".sd-tip")
+    assert "target p" in tip and "round" in tip
+    assert "target p" in page.inner_text(".sd-sr")
+    page.locator(".sd-speculative .sd-text .a").first.hover()
+    assert "draft q" in visitor.text(".sd-tip") and "1 of" in visitor.text(".sd-tip")
+    page.uncheck(".sd-toggle input")
+    assert not page.locator(".sd-speculative .sd-text .r").first.is_visible()
+    assert visitor.errors == []
+    page.close()
+
+
+def test_a_missed_batch_is_fetched(browser: Any, fake_app: Any) -> None:
+    visitor = Visitor(browser, fake_app(pace=0.5)[0]).ready()
+    visitor.page.evaluate(
+        "() => { const parse = JSON.parse; window.dropped = 0; JSON.parse = (t, ...a) => { const v = parse(t, ...a);"
+        " if (v && v.rounds && v.phase === 'running' && window.dropped < 6) { window.dropped++; return { run: v.run, from: 0, rounds: [] } } return v } }"
+    )
+    visitor.run("hello", max_new_tokens=80)
+    visitor.phase("done")
+    visitor.page.wait_for_function("document.querySelectorAll('.sd-baseline .sd-text .t').length === 80")
+    assert visitor.page.evaluate("window.dropped") == 6
+    visitor.page.close()
+
+
+def test_bad_settings_and_prompts_are_told_where_they_are(browser: Any, fake_app: Any) -> None:
+    visitor = Visitor(browser, fake_app(context=100)[0]).ready()
+    page = visitor.page
+    visitor.run("hello", top_p=7)
+    page.wait_for_selector("#sd-top-p.sd-wrong")
+    assert "Top-p must be a number from 0 to 1" in visitor.text("#sd-top-p")
+    visitor.run("", top_p=1, max_new_tokens=60)
+    page.wait_for_selector("#sd-note p >> text=prompt")
+    assert visitor.count("#sd-top-p.sd-wrong") == 0
+    visitor.run("word " * 50)
+    page.wait_for_selector("#sd-truncate")
+    assert "50 tokens" in visitor.text("#sd-note")
+    page.click("#sd-truncate")
+    visitor.phase("done")
+    assert visitor.errors == []
+    page.close()
+
+
+def test_the_second_visitor_waits_and_a_closed_tab_frees_the_device(browser: Any, fake_app: Any) -> None:
+    url, pair = fake_app(pace=1.0)
+    first, second = Visitor(browser, url).ready(), Visitor(browser, url).ready()
+    first.run("hello", max_new_tokens=400)
+    first.phase("running")
+    second.run("me too", max_new_tokens=4)
+    second.page.wait_for_selector("#sd-leave")
+    second.page.wait_for_function("document.querySelector('#sd-status').innerText.includes('queue')")
+    assert len(pair.races) == 1
+    first.page.close()
+    second.phase("done", 30)
+    assert pair.races[0].stopped and pair.races[0].closed
+    assert second.errors == []
+    second.page.close()
+
+
+def test_leaving_the_queue(browser: Any, fake_app: Any) -> None:
+    url, pair = fake_app(pace=1.0)
+    first, second = Visitor(browser, url).ready(), Visitor(browser, url).ready()
+    first.run("hello", max_new_tokens=400)
+    first.phase("running")
+    second.run("me too", max_new_tokens=4)
+    second.page.wait_for_selector("#sd-leave")
+    second.page.click("#sd-leave")
+    second.page.wait_for_selector("#sd-run:not([disabled])")
+    first.page.click("#sd-stop")
+    first.phase("done", 20)
+    time.sleep(0.5)
+    assert len(pair.races) == 1
+    first.page.close()
+    second.page.close()
+
+
+def test_out_of_memory_is_told_and_the_app_goes_on(browser: Any, fake_app: Any) -> None:
+    url, pair = fake_app(memory=10)
+    visitor = Visitor(browser, url).ready()
+    visitor.run("hello", max_new_tokens=40)
+    visitor.phase("failed")
+    assert "out of memory" in visitor.text("#sd-note")
+    assert visitor.count(".sd-baseline .sd-text .t") == 10
+    pair.memory = None
+    visitor.page.wait_for_selector("#sd-run:not([disabled])")
+    visitor.run("hello", max_new_tokens=40)
+    visitor.phase("done")
+    visitor.page.close()
+
+
+@pytest.mark.parametrize(("theme", "width"), [("light", 1440), ("dark", 390)])
+def test_accessible_before_and_after_a_race(browser: Any, fake_app: Any, theme: str, width: int) -> None:
+    visitor = Visitor(browser, fake_app()[0], width=width, theme=theme).ready()
+    page = visitor.page
+    page.wait_for_timeout(300)
+    assert visitor.violations() == []
+    page.fill("#sd-prompt textarea", "hello")
+    page.keyboard.press("Control+Enter")
+    visitor.phase("done")
+    page.wait_for_selector('[data-plot="model"][data-state="drawn"] .main-svg')
+    assert visitor.violations() == []
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "no sideways scrolling"
+    assert visitor.errors == [] and visitor.outside == []
+    page.close()

@@ -1,0 +1,202 @@
+"""The engine behind the page, the form, and the command line of app.py."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ui_fakes import FakePair, FakeRace, fake_load
+
+import app
+from spec_decode.errors import ModelError, OutOfMemory, PromptError, SettingsError
+from spec_decode.settings import Settings
+from spec_decode.ui import Engine
+from spec_decode.ui.controls import help_updates
+from spec_decode.ui.feed import Feed
+from spec_decode.ui.form import CONTROLS, problem, settings_from_form
+from spec_decode.ui.layout import examples
+from spec_decode.ui.run import Asked, run
+from spec_decode.ui.wiring import TraceFiles, note_html, status_html
+
+FORM = {"policy": "adaptive", "draft_length": 4, "temperature": 0, "top_p": 1, "top_k": 0}
+FORM |= {"max_new_tokens": 32, "seed": 0, "rule": "auto", "lenience": 0.3}
+
+
+def ready(pair: FakePair, **options: Any) -> Engine:
+    engine = Engine(fake_load(pair), FakeRace, ("lookup", "broken"), **options)
+    engine.start()
+    wait(lambda: engine.status().phase != "loading")
+    return engine
+
+
+def wait(true: Any, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert true()
+
+
+def asked(**more: Any) -> Asked:
+    return Asked(**{"visitor": "v", "prompt": "hello", "settings": Settings(max_new_tokens=20), **more})
+
+
+def test_the_form_becomes_settings() -> None:
+    assert settings_from_form(FORM).draft_length == "adaptive"
+    assert settings_from_form(FORM | {"policy": "fixed"}).draft_length == 4
+    assert settings_from_form(FORM | {"lenience": None}).rule == "greedy", "what is not in use is not judged"
+    assert settings_from_form(FORM | {"rule": "threshold", "lenience": 0.5, "temperature": 1}).lenience == 0.5
+    for name, value in [("top_p", 7), ("top_k", -1), ("seed", None), ("max_new_tokens", "many"), ("temperature", 9), ("rule", "x")]:
+        wrong = problem(FORM | {name: value})
+        assert isinstance(wrong, SettingsError) and wrong.field == name
+        updates = dict(zip(CONTROLS, help_updates(FORM | {name: value}, wrong), strict=True))
+        assert str(wrong) in updates[name]["info"] and updates[name]["elem_classes"] == ["sd-wrong"]
+        assert all(not u["elem_classes"] for key, u in updates.items() if key != name)
+    assert problem(FORM | {"policy": "fixed", "draft_length": 17}).field == "draft_length"  # type: ignore[union-attr]
+
+
+def test_a_race_ends_in_a_trace_and_frees_its_memory() -> None:
+    pair = FakePair()
+    views = list(run(ready(pair), asked(), Feed()))
+    assert views[-1].trace is not None and views[-1].trace.finish == {"baseline": "length", "speculative": "length"}
+    assert json.loads(views[-1].tokens)["phase"] == "done" and json.loads(str(views[-1].figures))["final"]
+    wait(lambda: pair.races[0].closed)
+
+
+def test_a_visitor_who_leaves_frees_the_device() -> None:
+    pair = FakePair(pace=1)
+    views = run(ready(pair), asked(settings=Settings(max_new_tokens=1000)), Feed())
+    next(views)
+    views.close()
+    wait(lambda: pair.races[0].stopped and pair.races[0].closed)
+
+
+def test_stop_ends_within_a_round_and_keeps_the_text() -> None:
+    pair = FakePair(pace=1)
+    engine = ready(pair)
+    views = run(engine, asked(settings=Settings(max_new_tokens=1000)), Feed())
+    next(views)
+    assert engine.stop("v") and not engine.stop("somebody else")
+    *_, last = views
+    assert last.trace is not None and set(last.trace.finish.values()) == {"cancelled"}
+    assert len(last.trace.rounds) < 60
+    assert not engine.stop("v"), "a race that is over cannot be stopped"
+
+
+def test_every_touch_of_the_model_is_on_one_thread() -> None:
+    threads = set()
+
+    class Watched(FakeRace):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            threads.add(threading.get_ident())
+            super().__init__(*args, **options)
+
+        def __iter__(self) -> Any:
+            for r in super().__iter__():
+                threads.add(threading.get_ident())
+                yield r
+
+        def close(self) -> None:
+            threads.add(threading.get_ident())
+            super().close()
+
+    pair = FakePair()
+    engine = Engine(fake_load(pair), Watched)
+    engine.start()
+    wait(lambda: engine.status().phase == "ready")
+    list(run(engine, asked(), Feed()))
+    wait(lambda: pair.races[0].closed)
+    assert len(threads) == 1 and threading.get_ident() not in threads
+
+
+def test_out_of_memory_keeps_what_came_before() -> None:
+    engine = ready(FakePair(memory=10))
+    views = list(run(engine, asked(), Feed()))
+    assert "out of memory" in str(views[-1].problem) and json.loads(views[-1].tokens)["phase"] == "failed"
+    assert views[-1].trace is not None and len(views[-1].trace.lane("baseline")) == 10
+    with pytest.raises(OutOfMemory):
+        race = engine.open("v", "hello", Settings(), None, None, False)
+        while True:
+            race.advance(10)
+
+
+def test_prompts_and_drafters_that_cannot_be() -> None:
+    pair = FakePair(context=100)
+    engine = ready(pair)
+    with pytest.raises(PromptError) as caught:
+        next(run(engine, asked(prompt="word " * 200), Feed()))
+    assert (caught.value.tokens, caught.value.limit) == (200, 80)
+    assert list(run(engine, asked(prompt="word " * 200, truncate=True), Feed()))[-1].trace
+    with pytest.raises(ModelError, match="Unknown drafter"):
+        next(run(engine, asked(drafter="/etc"), Feed()))
+    with pytest.raises(ModelError, match="another tokenizer"):
+        next(run(engine, asked(drafter="broken"), Feed()))
+    trace = list(run(engine, asked(drafter="lookup"), Feed()))[-1].trace
+    assert trace is not None and trace.pair["drafter"] == "lookup"
+
+
+def test_the_own_drafter_comes_back_by_the_name_it_was_loaded_by() -> None:
+    pair = FakePair()
+    engine = ready(pair, own="/models/a-drafter")
+    assert engine.status().drafters == ("fake-drafter", "lookup", "broken")
+    list(run(engine, asked(drafter="lookup"), Feed()))
+    list(run(engine, asked(drafter="fake-drafter"), Feed()))
+    assert pair.drafter == "/models/a-drafter"
+
+
+def test_a_failed_load_is_told_and_can_be_tried_again() -> None:
+    tries = []
+
+    def load(progress: Any) -> FakePair:
+        tries.append(1)
+        if len(tries) == 1:
+            raise ModelError("The model could not be fetched.")
+        if len(tries) == 2:
+            raise RuntimeError("boom")
+        return FakePair()
+
+    engine = Engine(load, FakeRace)
+    with pytest.raises(ModelError, match="not ready"):
+        engine.open("v", "hello", Settings(), None, None, False)
+    for phase, words in (("failed", "could not be fetched"), ("failed", "RuntimeError: boom"), ("ready", "Ready")):
+        engine.start()
+        wait(lambda phase=phase, words=words: engine.status().phase == phase and words in engine.status().message)
+    engine.start()
+    assert len(tries) == 3, "a loaded model is not loaded again"
+
+
+def test_names_from_outside_are_text() -> None:
+    engine = ready(FakePair())
+    assert "<b>" not in status_html(engine.status(), "<b>x</b>")
+    assert "<img" not in note_html("<img onerror=x>")["value"]
+
+
+def test_only_the_last_traces_are_kept() -> None:
+    files = TraceFiles(keep=2)
+    paths = [Path(files.write(str(i))) for i in range(4)]
+    assert [p.exists() for p in paths] == [False, False, True, True]
+    assert paths[-1].read_text() == "3" and paths[-1].name == "spec-decode-trace.json"
+
+
+def test_examples_are_whole_and_fit_a_small_model() -> None:
+    found = examples()
+    assert len({e["id"] for e in found}) == len(found) >= 5
+    assert all(set(e) == {"id", "category", "prompt"} and 0 < len(e["prompt"]) < 600 for e in found)
+
+
+def test_bad_flags_and_a_taken_port(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--port", "0"], ["--port", "x"], ["--nonsense"], ["--max-queue", "many"]):
+        with pytest.raises(SystemExit) as caught:
+            app.main(flags)
+        assert caught.value.code == 2
+    capsys.readouterr()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert app.main(["--port", str(taken.getsockname()[1])]) == 1
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("app.py: ") and "\n" not in message and str(taken) not in message
