@@ -108,7 +108,7 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     """max(p − q, 0) normalized, `[..., V]`; p itself where nothing is left (p = q up to rounding)."""
     rest = (p - q).clamp_min(0)
     mass = rest.sum(-1, keepdim=True)
-    return torch.where(mass > 0, rest / mass.clamp_min(torch.finfo(mass.dtype).tiny), p)
+    return torch.where(mass > 0, rest / torch.where(mass > 0, mass, 1.0), p)
 
 
 def _match(draft: Tensor, own: Tensor) -> Verdict:
