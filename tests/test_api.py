@@ -72,7 +72,7 @@ def test_only_the_race_is_public_and_it_is_documented(served: Any) -> None:
 
 
 def test_one_race_at_a_time(served: Any) -> None:
-    client, pair, url = served
+    _, pair, url = served
     pair.pace, pair.races = 0.5, []
     running: list[int] = []
 

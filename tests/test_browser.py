@@ -27,9 +27,28 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
-EVIL = ["<img src=x onerror=\"document.title='owned'\">", "</span>", "<script>document.title='owned'</script>", " fine", "\n", "{{value}}", "${1+1}"]
+EVIL = [
+    "<img src=x onerror=\"document.title='owned'\">",
+    "</span>",
+    "<script>document.title='owned'</script>",
+    " fine",
+    "\n",
+    "{{value}}",
+    "${1+1}",
+]
+# makes the next six batches arrive without their rounds
+LOSE_SIX = """() => {
+  const parse = JSON.parse;
+  window.dropped = 0;
+  JSON.parse = (...args) => {
+    const value = parse(...args);
+    if (!value || !value.rounds || value.phase !== "running" || window.dropped === 6) return value;
+    window.dropped++;
+    return { run: value.run, from: 0, rounds: [] };
+  };
+}"""
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")]
 
 
 def free_port() -> int:
@@ -185,7 +204,12 @@ def test_two_thousand_tokens_arrive_whole_and_are_walked_by_keys(browser: Any, f
     visitor.run("hello", max_new_tokens=2000)
     visitor.phase("done")
     assert visitor.count(".sd-baseline .sd-text .t") == 2000
-    texts = [page.eval_on_selector(f".sd-{lane} .sd-text", "e => [...e.querySelectorAll('.t:not(.r)')].map(t => t.textContent).join('')") for lane in ("baseline", "speculative")]
+    texts = [
+        page.eval_on_selector(
+            f".sd-{lane} .sd-text", "e => [...e.querySelectorAll('.t:not(.r)')].map(t => t.textContent).join('')"
+        )
+        for lane in ("baseline", "speculative")
+    ]
     assert texts[0] == texts[1]
     for role in ("a", "r", "c", "b", "t0"):
         assert visitor.count(f".sd-speculative .sd-text .{role}") > 0
@@ -194,7 +218,9 @@ def test_two_thousand_tokens_arrive_whole_and_are_walked_by_keys(browser: Any, f
         " return [s.backgroundColor, s.textDecorationLine + s.textDecorationStyle + s.boxShadow] })"
     )
     assert len({s[0] for s in styles}) == 4 and len({s[1] for s in styles}) == 4, "told apart by colour and by mark"
-    assert page.evaluate("(e => e.scrollHeight - e.scrollTop - e.clientHeight < 30)(document.querySelector('.sd-baseline .sd-text'))")
+    assert page.evaluate(
+        "(e => e.scrollHeight - e.scrollTop - e.clientHeight < 30)(document.querySelector('.sd-baseline .sd-text'))"
+    )
 
     page.focus(".sd-speculative .sd-text")
     page.keyboard.press("Home")
@@ -212,10 +238,7 @@ def test_two_thousand_tokens_arrive_whole_and_are_walked_by_keys(browser: Any, f
 
 def test_a_missed_batch_is_fetched(browser: Any, fake_app: Any) -> None:
     visitor = Visitor(browser, fake_app(pace=0.5)[0]).ready()
-    visitor.page.evaluate(
-        "() => { const parse = JSON.parse; window.dropped = 0; JSON.parse = (t, ...a) => { const v = parse(t, ...a);"
-        " if (v && v.rounds && v.phase === 'running' && window.dropped < 6) { window.dropped++; return { run: v.run, from: 0, rounds: [] } } return v } }"
-    )
+    visitor.page.evaluate(LOSE_SIX)
     visitor.run("hello", max_new_tokens=80)
     visitor.phase("done")
     visitor.page.wait_for_function("document.querySelectorAll('.sd-baseline .sd-text .t').length === 80")

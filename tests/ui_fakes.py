@@ -94,7 +94,7 @@ class FakeRace:
         clocks = dict.fromkeys(lanes, 0.0)
         while lanes:
             if self.stopped:
-                self.finish.update({lane: "cancelled" for lane in lanes})
+                self.finish.update(dict.fromkeys(lanes, "cancelled"))
                 return
             lane = min(lanes, key=lambda name: clocks[name])
             r = next(lanes[lane], None)

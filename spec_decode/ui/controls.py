@@ -22,15 +22,33 @@ def settings_panel() -> tuple[dict[str, Any], gr.Dropdown, gr.Textbox]:
     start = Settings()
     c: dict[str, Any] = {}
     c["policy"] = gr.Radio(
-        ["adaptive", "threshold", "fixed"], value="adaptive", label="Draft length", info=HELP["policy"], elem_id="sd-policy"
+        ["adaptive", "threshold", "fixed"],
+        value="adaptive",
+        label="Draft length",
+        info=HELP["policy"],
+        elem_id="sd-policy",
     )
     c["draft_length"] = gr.Slider(
-        1, MAX_DRAFT_LENGTH, 4, step=1, label="Tokens a draft", info=HELP["draft_length"], visible=False, elem_id="sd-length"
+        1,
+        MAX_DRAFT_LENGTH,
+        4,
+        step=1,
+        label="Tokens a draft",
+        info=HELP["draft_length"],
+        visible=False,
+        elem_id="sd-length",
     )
     drafter = gr.Dropdown([], label="Drafter", info="Who guesses the next tokens.", elem_id="sd-drafter")
     c["rule"] = gr.Dropdown(RULES, value="auto", label="Rule", info=RULE_HELP["auto"], elem_id="sd-rule")
     c["lenience"] = gr.Slider(
-        0.05, 1, start.lenience, step=0.05, label="Lenience (lossy)", info=HELP["lenience"], visible=False, elem_id="sd-lenience"
+        0.05,
+        1,
+        start.lenience,
+        step=0.05,
+        label="Lenience (lossy)",
+        info=HELP["lenience"],
+        visible=False,
+        elem_id="sd-lenience",
     )
     c["temperature"] = gr.Slider(
         0, 2, start.temperature, step=0.05, label="Temperature", info=HELP["temperature"], elem_id="sd-temperature"
@@ -70,10 +88,14 @@ def help_updates(values: dict[str, Any], wrong: SettingsError | None) -> list[An
     return [
         gr.update(info=f"⚠ {wrong}", elem_classes=["sd-wrong"])
         if wrong and name == field
-        else gr.update(info=RULE_HELP.get(str(values["rule"]), HELP["rule"]) if name == "rule" else HELP[name], elem_classes=[])
+        else gr.update(
+            info=RULE_HELP.get(str(values["rule"]), HELP["rule"]) if name == "rule" else HELP[name], elem_classes=[]
+        )
         for name in CONTROLS
     ]
 
 
 def _number(name: str, label: str, value: float, step: float) -> gr.Number:
-    return gr.Number(value, label=label, info=HELP[name], step=step, min_width=120, elem_id=f"sd-{name.replace('_', '-')}")
+    return gr.Number(
+        value, label=label, info=HELP[name], step=step, min_width=120, elem_id=f"sd-{name.replace('_', '-')}"
+    )

@@ -174,6 +174,7 @@ class OpenRace:
         self._submit = submit
         self._rounds = iter(race)
         self._error: Exception | None = None
+        self.busy = 0.0  # seconds the engine's thread worked on this race
         self._closed = False
 
     def advance(self, seconds: float) -> tuple[list[Round], bool]:
@@ -188,7 +189,13 @@ class OpenRace:
         if self._error:
             raise self._error
         rounds: list[Round] = []
-        end = time.perf_counter() + seconds
+        began = time.perf_counter()
+        try:
+            return self._until(began + seconds, rounds)
+        finally:
+            self.busy += time.perf_counter() - began
+
+    def _until(self, end: float, rounds: list[Round]) -> tuple[list[Round], bool]:
         while True:
             try:
                 r = next(self._rounds, None)

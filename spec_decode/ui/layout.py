@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 import gradio as gr
+from gradio.events import api
 
 from .api import race_endpoint
 from .components import asset, figures, token_view
@@ -63,7 +64,9 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
             with gr.Column(elem_id="sd-main", min_width=320):
                 view = token_view(feeds)
                 plots = figures()
-                download = gr.DownloadButton("Download trace (JSON)", size="sm", elem_id="sd-download", interactive=False)
+                download = gr.DownloadButton(
+                    "Download trace (JSON)", size="sm", elem_id="sd-download", interactive=False
+                )
         wire(
             engine,
             feeds,
@@ -88,7 +91,7 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
             ),
             blocks,
         )
-        gr.api(race_endpoint(engine), api_name="race", concurrency_id=DEVICE, concurrency_limit=1)
+        api(race_endpoint(engine), api_name="race", concurrency_id=DEVICE, concurrency_limit=1)
     blocks.queue(max_size=max_queue, api_open=False)
     return blocks
 

@@ -22,7 +22,9 @@ from .feed import Feed, dumps
 from .plots import Curves, Throttle, final
 from .tally import Tally
 
-SLICE = 0.1  # seconds of work between two updates of the page
+SLICE = 0.08  # seconds of work between two updates of the page, at least
+LONGEST = 0.3  # and at most
+PATIENCE = 12  # a slice lasts this many times as long as the engine just waited for the page
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,16 @@ def run(engine: Engine, asked: Asked, feed: Feed, draw: bool = True) -> Iterator
         about = _about(asked.settings)
         began = time.perf_counter()
         done, problem = False, None
+        slice_seconds = SLICE
         while not done:
             try:
-                rounds, done = race.advance(SLICE)
+                rounds, done = race.advance(slice_seconds)
             except UserError as error:
                 rounds, done, problem = [], True, str(error)
             except Exception as error:  # the page must outlive whatever a library throws
                 traceback.print_exc(file=sys.stderr)
                 rounds, done, problem = [], True, f"The race broke off ({type(error).__name__}: {error})."
+            pause = time.perf_counter()
             for r in rounds:
                 tally.add(r)
                 curves.add(r)
@@ -82,6 +86,8 @@ def run(engine: Engine, asked: Asked, feed: Feed, draw: bool = True) -> Iterator
                 figures = dumps({"run": feed.run, **curves.live(), "final": final(trace) if trace else None})
                 throttle.drawn(time.perf_counter() - start)
             yield View(tokens, figures, trace, problem, {name: lane.tokens for name, lane in tally.lanes.items()})
+            waited = time.perf_counter() - pause
+            slice_seconds += 0.3 * (min(LONGEST, max(SLICE, PATIENCE * waited)) - slice_seconds)
     finally:
         engine.close(asked.visitor, race)
 

@@ -56,7 +56,12 @@ def theme() -> gr.themes.Base:
     }
     known = inspect.signature(gr.themes.Base.set).parameters
     values: dict[str, Any] = both | {f"{k}_dark": v for k, v in both.items() if f"{k}_dark" in known}
-    values |= {"block_shadow": "none", "block_label_shadow": "none", "input_shadow": "none", "block_border_width": "0px"}
+    values |= {
+        "block_shadow": "none",
+        "block_label_shadow": "none",
+        "input_shadow": "none",
+        "block_border_width": "0px",
+    }
     values |= {"block_border_width_dark": "0px", "input_shadow_focus": "0 0 0 2px var(--sd-accent-soft)"}
     values |= {"block_padding": "0px", "block_radius": "8px", "layout_gap": "14px", "form_gap_width": "0px"}
     base = gr.themes.Base(

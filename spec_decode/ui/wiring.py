@@ -1,7 +1,7 @@
 """What happens on the page: every event, and the function behind it.
 
 In: the components of a page and its engine. A press of Run goes in three steps: `check` (at once)
-validates the form and issues a ticket; the ticket's change starts `race` in Gradio's queue, one at a time for the
+validates the form and issues a ticket; the ticket's change starts `stream` in Gradio's queue, one at a time for the
 device; `rest` puts the buttons back whatever happened. While a visitor waits, the button Stop leaves the queue; once
 the race runs, another Stop ends it within one round and keeps what was generated.
 """
@@ -95,7 +95,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
             }
         return out
 
-    def race(
+    def stream(
         request: gr.Request, ticket: dict[str, Any], text: str, system: str, drafter: str, *values: Any
     ) -> Iterator[dict[Any, Any]]:
         settings = settings_from_form(dict(zip(CONTROLS, values, strict=True)))
@@ -143,11 +143,15 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     asked = [page.prompt, *form]
     checked = [page.ticket, page.note, page.truncate, page.go, page.leave, page.status, *form]
     # a changed gr.State wakes its listeners only when the event went through the queue; this one never waits there
-    page.go.click(lambda text, *v: check(False, text, v), asked, checked, preprocess=False, concurrency_limit=None, **QUIET)
-    page.truncate.click(lambda text, *v: check(True, text, v), asked, checked, preprocess=False, concurrency_limit=None, **QUIET)
+    page.go.click(
+        lambda text, *v: check(False, text, v), asked, checked, preprocess=False, concurrency_limit=None, **QUIET
+    )
+    page.truncate.click(
+        lambda text, *v: check(True, text, v), asked, checked, preprocess=False, concurrency_limit=None, **QUIET
+    )
     resting = [page.leave, page.stop, page.go, page.status]
     running = page.ticket.change(
-        race,
+        stream,
         [page.ticket, page.prompt, page.system, page.drafter, *form],
         [page.view, page.plots, page.note, page.truncate, page.download, page.leave, page.stop, page.status],
         preprocess=False,
