@@ -78,7 +78,8 @@ def _describe(report: dict[str, Any]) -> str:
     def rate(lane: dict[str, Any]) -> str:
         speed = lane["tokens_per_second"]
         text = "–" if speed is None else f"{speed:.1f}"
-        return f"{len(lane['token_ids']):4d} tokens   {text:>6} tokens/s   first token after {lane['prefill_seconds']:.2f} s"
+        first = f"first token after {lane['prefill_seconds']:.2f} s"
+        return f"{len(lane['token_ids']):4d} tokens   {text:>6} tokens/s   {first}"
 
     lines = [fast["text"].strip(), "", f"{pair['target']} + {pair['drafter']} on {pair['device']}, {pair['dtype']}"]
     lines += [f"baseline     {rate(base)}", f"speculative  {rate(fast)}"]

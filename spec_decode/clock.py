@@ -7,6 +7,7 @@ is `time.perf_counter`.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.marks: list[float | torch.cuda.Event] = []
+        self.marks: list[Any] = []  # seconds, or CUDA events
         self.mark()
 
     def mark(self) -> None:
@@ -31,6 +32,6 @@ class Stopwatch:
         """Seconds between successive marks. On CUDA, call after a copy to the host."""
         pairs = zip(self.marks, self.marks[1:], strict=False)
         if self.cuda:
-            self.marks[-1].synchronize()  # type: ignore[union-attr]
-            return [a.elapsed_time(b) / 1e3 for a, b in pairs]  # type: ignore[union-attr]
-        return [b - a for a, b in pairs]  # type: ignore[operator]
+            self.marks[-1].synchronize()
+            return [a.elapsed_time(b) / 1e3 for a, b in pairs]
+        return [b - a for a, b in pairs]

@@ -76,7 +76,7 @@ class Race:
         except torch.OutOfMemoryError as error:
             self.close()
             raise OutOfMemory(
-                "The device ran out of memory during the race; try a shorter prompt, fewer new tokens or a smaller pair."
+                "The device ran out of memory; try a shorter prompt, fewer new tokens or a smaller pair."
             ) from error
         except RuntimeError as error:
             if "memory" not in str(error).lower():  # the CPU allocator raises a bare RuntimeError
@@ -130,7 +130,7 @@ def _fit(pair: Pair, prompt: str, settings: Settings, system: str | None, trunca
     if not truncate or limit < 1:
         raise PromptError(
             f"The prompt is {len(ids):,} tokens long and {max(limit, 0):,} fit beside {settings.max_new_tokens:,} new "
-            f"tokens in a context of {pair.context:,}; shorten it, allow it to be truncated, or ask for fewer new tokens.",
+            f"tokens in a context of {pair.context:,}; shorten it, let it be truncated, or ask for fewer new tokens.",
             tokens=len(ids),
             limit=max(limit, 0),
         )

@@ -118,7 +118,7 @@ def _number(field: str, value: object, low: float, high: float) -> float:
 def _integer(field: str, value: object, low: int, high: int) -> int:
     try:
         number = float(value)  # type: ignore[arg-type]
-        whole = int(value) if isinstance(value, (int, str)) else int(number)  # type: ignore[call-overload]
+        whole = int(value) if isinstance(value, (int, str)) else int(number)
     except (TypeError, ValueError, OverflowError):
         whole, number = low - 1, math.nan
     if isinstance(value, bool) or whole != number or not low <= whole <= high:

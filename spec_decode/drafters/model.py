@@ -86,6 +86,6 @@ def check_same_vocabulary(target: object, drafter: object) -> None:
             f"id {i} is {ours.get(i)!r} for the target, {theirs.get(i)!r} for the drafter" for i in differing[:3]
         )
         raise ModelError(
-            f"The drafter does not share the target's tokenizer ({len(differing)} of {len(ours | theirs)} entries differ: "
-            f"{shown}); choose a drafter of the same model family."
+            f"The drafter does not share the target's tokenizer ({len(differing)} of {len(ours | theirs)} entries "
+            f"differ: {shown}); choose a drafter of the same model family."
         )

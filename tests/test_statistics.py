@@ -1,0 +1,402 @@
+"""Is rejection sampling exact? The joint distribution of the first three tokens, against enumeration, by chi-square.
+
+The "model" is a table: logits of the next token given the last two. Sampling, noise and rules are the engine's own,
+driven as `decode` drives them: draft i at position n + i on stream DRAFT, its uniform on ACCEPT, the target's own
+token on RESIDUAL.
+
+Trials are rows of one batch. Noise is a function of (seed, position, token, stream), and a trial reads only the few
+positions from its start on, so trials started 64 positions apart share no noise: they are as independent as trials
+with seeds of their own (which `test_decode_is_exact` uses), and thousands run at once.
+
+False alarms: every chi-square here is tested at 1e-6 / 64, and there are fewer than 64, so that a sound engine would
+fail this file with probability below 1e-6 for a fresh choice of seeds. The seeds are fixed: it fails always or never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+
+from spec_decode import decode, verification
+from spec_decode.draft_length import Fixed
+from spec_decode.drafters.model import ModelDrafter
+from spec_decode.sampling import ACCEPT, DRAFT, RESIDUAL, TARGET, distribution, exponential, race, uniform
+from spec_decode.settings import Settings
+from spec_decode.target import Pass
+from spec_decode.verification import Verdict
+
+FALSE_ALARM = 1e-6 / 64
+TRIALS = 40_000
+STRIDE = 64
+PROMPT = (1, 2)
+TOKENS = 3
+
+Rule = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Verdict]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A drafter, a draft length, and how the target is sampled. `prefill`: the first token is drawn without a draft."""
+
+    drafter: str
+    length: int
+    vocabulary: int = 6
+    sampling: dict[str, float] = field(default_factory=dict)
+    prefill: bool = False
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(**{"temperature": 1.0, "rule": "rejection", **self.sampling})  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        how = ",".join(f"{k}={v}" for k, v in self.sampling.items())
+        return f"{self.drafter}-{self.length}-V{self.vocabulary}-{how}{'-prefill' if self.prefill else ''}"
+
+
+COMBINATIONS = [
+    *(Combination("sampled", g) for g in (1, 2, 3, 4)),
+    *(Combination("one-hot", g) for g in (1, 2, 3, 4)),
+    *(Combination("bad", g) for g in (1, 2, 3, 4)),
+    *(Combination("perfect", g) for g in (1, 3)),
+    *(Combination("bad one-hot", g) for g in (1, 4)),
+    *(Combination("perfect one-hot", g) for g in (2, 4)),
+    *(Combination(d, 3, prefill=True) for d in ("sampled", "one-hot")),
+    *(Combination(d, 2, sampling={"temperature": 0.4}) for d in ("sampled", "one-hot", "bad")),
+    *(Combination(d, 3, sampling={"temperature": 2.0}) for d in ("sampled", "one-hot", "perfect")),
+    *(Combination(d, 4, sampling={"top_p": 0.7}) for d in ("sampled", "one-hot", "bad")),
+    *(Combination(d, 2, sampling={"top_k": 3}) for d in ("sampled", "one-hot", "bad one-hot")),
+    *(Combination(d, 3, 32, {"temperature": 0.8, "top_k": 8, "top_p": 0.9}) for d in ("sampled", "one-hot", "bad")),
+    Combination("sampled", 4, 32),
+    Combination("one-hot", 4, 17, {"temperature": 1.3, "top_p": 0.95}, prefill=True),
+    Combination("mixed", 4),
+    Combination("mixed", 3, 12, {"temperature": 1.5, "top_k": 7}),
+]
+
+
+def table(vocabulary: int, seed: int) -> Tensor:
+    """Logits `[V, V, V]` of the next token given the last two."""
+    return torch.randn(vocabulary, vocabulary, vocabulary, generator=torch.Generator().manual_seed(seed)) * 1.5
+
+
+def drafter_tables(kind: str, logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The drafter's q `[V, V, V]`, and which contexts `[V, V]` it draws in; in the others it drafts its argmax."""
+    own = table(logits.shape[0], 99)
+    contexts = torch.arange(logits.shape[0] ** 2).reshape(logits.shape[:2])
+    always, never = contexts >= 0, contexts < 0
+    base, drawn = {
+        "sampled": (own + 0.5 * logits, always),
+        "one-hot": (own + 0.5 * logits, never),
+        "bad": (-2 * logits, always),
+        "bad one-hot": (-logits, never),
+        "perfect": (logits, always),
+        "perfect one-hot": (logits, never),
+        # A q that is one-hot in some contexts and spread in others: exact only if q is what was drawn from.
+        "mixed": (own, contexts % 2 == 0),
+    }[kind]
+    q = distribution(base, settings)
+    one_hot = torch.zeros_like(q).scatter_(-1, base.argmax(-1, keepdim=True), 1.0)
+    return torch.where(drawn[..., None], q, one_hot), drawn
+
+
+def sample(combination: Combination, rule: Rule, seed: int, trials: int = TRIALS) -> Tensor:
+    """The first `TOKENS` tokens `[trials, TOKENS]` of as many independent runs."""
+    settings, vocabulary = combination.settings, combination.vocabulary
+    logits = table(vocabulary, 7)
+    p_of = distribution(logits, settings)
+    q_of, drawn = drafter_tables(combination.drafter, logits, settings)
+    deterministic = not bool(drawn.any())
+    coupled = settings.rule == "coupled"
+
+    capacity = len(PROMPT) + TOKENS + 2 * (combination.length + 1)
+    text = torch.zeros(trials, capacity, dtype=torch.long)
+    text[:, : len(PROMPT)] = torch.tensor(PROMPT)
+    n = torch.full((trials,), len(PROMPT))  # of each row: the position of the next token
+    offset = torch.arange(trials) * STRIDE
+    row = torch.arange(trials)
+
+    def noise(positions: Tensor, stream: int) -> Tensor:
+        flat = (offset[:, None] + positions).flatten()
+        return exponential(seed, flat, vocabulary, stream).reshape(*positions.shape, vocabulary)
+
+    length = 0 if combination.prefill else combination.length
+    while int(n.min()) < len(PROMPT) + TOKENS:
+        n_ = n.clamp_max(len(PROMPT) + TOKENS)  # rows that are done go on over what nobody reads
+        for i in range(length):
+            q = q_of[text[row, n_ + i - 2], text[row, n_ + i - 1]]
+            text[row, n_ + i] = race(q, noise(n_[:, None] + i, TARGET if coupled else DRAFT)[:, 0])
+        places = n_[:, None] + torch.arange(length + 1)
+        before, last = text.gather(1, places - 2), text.gather(1, places - 1)
+        p, q, draft = p_of[before, last], q_of[before, last][:, :length], text.gather(1, places[:, :length])
+        u = uniform(seed, (offset[:, None] + places[:, :length]).flatten(), ACCEPT).reshape(trials, length)
+        if coupled:
+            verdict = verification.coupled(draft, p, noise(places, TARGET))
+        else:
+            verdict = rule(draft, p, None if deterministic else q, u, noise(places, RESIDUAL))
+        text[row, n_ + verdict.accepted] = verdict.token
+        n = n_ + verdict.accepted + 1
+        length = combination.length
+    return text[:, len(PROMPT) : len(PROMPT) + TOKENS]
+
+
+def enumerate_joint(p_of: Tensor) -> np.ndarray:
+    """P of every sequence of `TOKENS` tokens after the prompt, `[V, V, V]`."""
+    p = p_of.double().numpy()
+    p = p / p.sum(-1, keepdims=True)
+    a, b = PROMPT
+    return p[a, b][:, None, None] * p[b][:, :, None] * p
+
+
+def p_value(tokens: Tensor, joint: np.ndarray) -> float:
+    """Chi-square of observed sequences against their joint distribution.
+
+    Cells expected fewer than 5 times are pooled, rarest first, until a pool is expected 5 times. A sequence of
+    probability 0 is an outright contradiction.
+    """
+    vocabulary = joint.shape[0]
+    cells = (tokens[:, 0] * vocabulary + tokens[:, 1]) * vocabulary + tokens[:, 2]
+    observed = np.bincount(cells.numpy(), minlength=joint.size).astype(float)
+    expected = joint.flatten() * len(tokens)
+    if observed[expected == 0].any():
+        return 0.0
+    order = np.argsort(expected[expected > 0], kind="stable")
+    observed, expected = observed[expected > 0][order], expected[expected > 0][order]
+    rare = int((expected < 5).sum())
+    pools, mass = np.empty(rare, int), 0.0
+    pool = 0
+    for i in range(rare):
+        pools[i], mass = pool, mass + expected[i]
+        if mass >= 5:
+            pool, mass = pool + 1, 0.0
+    groups = np.concatenate([pools, pool + (mass > 0) + np.arange(len(expected) - rare)]).astype(int)
+    if 0 < mass < 5 and len(groups):  # the last pool fell short: it joins the cell after it
+        groups[groups > pool] -= 1
+    observed, expected = np.bincount(groups, observed), np.bincount(groups, expected)
+    assert len(expected) > 1 and expected.min() >= 5
+    return float(scipy.stats.chisquare(observed, expected).pvalue)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
+def test_rejection_is_exact(combination: Combination) -> None:
+    tokens = sample(combination, verification.rejection, seed=2024)
+    joint = enumerate_joint(distribution(table(combination.vocabulary, 7), combination.settings))
+    assert p_value(tokens, joint) > FALSE_ALARM
+
+
+COUPLED = [
+    Combination(drafter, 3, sampling={"rule": "coupled", **sampling})  # type: ignore[dict-item]
+    for drafter, sampling in (
+        ("sampled", {}),
+        ("one-hot", {"temperature": 0.5}),
+        ("bad", {"top_p": 0.8}),
+        ("perfect", {"top_k": 3}),
+        ("mixed", {"temperature": 1.5}),
+    )
+]
+
+
+@pytest.mark.parametrize("combination", COUPLED, ids=str)
+def test_coupled_is_exact_over_seeds(combination: Combination) -> None:
+    """One seed gives one text whatever is drafted; over many, the texts follow the target."""
+    tokens = sample(combination, verification.rejection, seed=11)
+    joint = enumerate_joint(distribution(table(combination.vocabulary, 7), combination.settings))
+    assert p_value(tokens, joint) > FALSE_ALARM
+    alone = Combination("one-hot", 0, combination.vocabulary, combination.sampling)
+    assert torch.equal(tokens, sample(alone, verification.rejection, seed=11))
+
+
+# Tests of the test: rules that are almost right must fail it, with the same trials and at the same level ----------
+
+
+def argmax_over_q(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor) -> Verdict:
+    """Accepts the drafter's argmax with p / q of a q it was not drawn from."""
+    settings = Settings(temperature=1.0)
+    spread = distribution(table(6, 99) + 0.5 * table(6, 7), settings)
+    argmax = spread.argmax(-1)
+    # The contexts are gone; every row of q is found again by the argmax that was drafted and by p itself.
+    p_of = distribution(table(6, 7), settings).reshape(36, 6)
+    context = (p[:, : draft.shape[1], None, :] - p_of).abs().sum(-1).argmin(-1)
+    assert torch.equal(argmax.flatten()[context], draft)
+    return verification.rejection(draft, p, spread.reshape(36, 6)[context], u, noise)
+
+
+def correct_from_p(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor) -> Verdict:
+    """Draws the correction from p instead of what q left of it."""
+    right = verification.rejection(draft, p, q, u, noise)
+    at = right.accepted[:, None, None].expand(-1, 1, p.shape[-1])
+    return Verdict(right.accepted, race(p.gather(1, at), noise.gather(1, at))[:, 0])
+
+
+def bonus_from_residual(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor) -> Verdict:
+    """Takes the last draft's q off the bonus as well."""
+    assert q is not None
+    right = verification.rejection(draft, p, q, u, noise)
+    wrong = race(verification.residual(p[:, -1], q[:, -1]), noise[:, -1])
+    return Verdict(right.accepted, torch.where(right.accepted == draft.shape[1], wrong, right.token))
+
+
+def keeps_going(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor) -> Verdict:
+    """Counts accepted tokens instead of the run of them."""
+    assert q is not None
+    at = draft[..., None]
+    accepted = (u * q.gather(-1, at)[..., 0] < p[:, : draft.shape[1]].gather(-1, at)[..., 0]).sum(-1)
+    row = accepted[:, None, None].expand(-1, 1, p.shape[-1])
+    return Verdict(accepted, race(p.gather(1, row), noise.gather(1, row))[:, 0])
+
+
+def shared_noise(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor) -> Verdict:
+    """Decides acceptance and correction with the same noise."""
+    dependent = (-noise[:, : draft.shape[1]].gather(-1, draft[..., None])[..., 0]).exp()
+    wrong = (-noise[:, : draft.shape[1], 0]).exp()
+    return verification.rejection(draft, p, q, torch.where(draft == 0, dependent, wrong), noise)
+
+
+def lenient(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor) -> Verdict:
+    """The lossy rule, barely lossy."""
+    return verification.threshold(draft, p, q, u, noise, 0.85, argmax=False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "combination"),
+    [
+        (argmax_over_q, Combination("one-hot", 1)),
+        (argmax_over_q, Combination("one-hot", 4)),
+        (correct_from_p, Combination("sampled", 2)),
+        (correct_from_p, Combination("one-hot", 2)),
+        (bonus_from_residual, Combination("sampled", 1)),
+        (keeps_going, Combination("sampled", 3)),
+        (shared_noise, Combination("sampled", 2)),
+        (lenient, Combination("sampled", 2)),
+        (lenient, Combination("one-hot", 4)),
+    ],
+    ids=lambda x: x.__name__ if callable(x) else str(x),
+)
+def test_a_wrong_rule_is_caught(wrong: Rule, combination: Combination) -> None:
+    tokens = sample(combination, wrong, seed=2024)
+    joint = enumerate_joint(distribution(table(combination.vocabulary, 7), combination.settings))
+    assert p_value(tokens, joint) < FALSE_ALARM
+
+
+@pytest.mark.parametrize("stream", [ACCEPT, RESIDUAL])
+def test_noise_used_twice_is_caught(stream: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafter that draws with the noise of the correction, or of the acceptance test, is not independent of it."""
+    combination = Combination("sampled", 2)
+    monkeypatch.setitem(globals(), "DRAFT", stream)
+    tokens = sample(combination, verification.rejection, seed=2024)
+    joint = enumerate_joint(distribution(table(combination.vocabulary, 7), combination.settings))
+    assert p_value(tokens, joint) < FALSE_ALARM
+
+
+def test_the_chi_square_accepts_plain_sampling_and_no_less() -> None:
+    """Its p-values are uniform when tokens are drawn from the joint distribution itself."""
+    joint = enumerate_joint(distribution(table(6, 7), Settings(temperature=1.0)))
+    rng = np.random.default_rng(0)
+    values = []
+    for _ in range(300):
+        cells = torch.from_numpy(rng.choice(joint.size, 5000, p=joint.flatten()))
+        values.append(p_value(torch.stack([cells // 36, cells // 6 % 6, cells % 6], -1), joint))
+    assert scipy.stats.kstest(values, "uniform").pvalue > 1e-3
+
+
+# What the lossy rule says of itself --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lenience", [0.2, 0.6, 1.0])
+def test_threshold_emits_what_its_divergence_is_of(lenience: float) -> None:
+    """The token at the first drafted position follows the distribution whose divergence `kl` reports."""
+    g = torch.Generator().manual_seed(3)
+    p, q = (torch.randn(8, generator=g).softmax(-1) for _ in range(2))
+    passed = torch.minimum(q, p / lenience)
+    emitted = passed + (1 - passed.sum()) * verification.residual(p, lenience * q)
+    places = torch.arange(TRIALS)
+
+    def noise(stream: int) -> Tensor:
+        return exponential(6, torch.stack([places, places + TRIALS], 1).flatten(), 8, stream).reshape(TRIALS, 2, 8)
+
+    draft = race(q.expand(TRIALS, 1, 8), noise(DRAFT)[:, :1])
+    both = p.expand(TRIALS, 2, 8)
+    verdict = verification.threshold(
+        draft, both, q.expand(TRIALS, 1, 8), uniform(6, places)[:, None], noise(RESIDUAL), lenience, argmax=False
+    )
+    first = torch.where(verdict.accepted > 0, draft[:, 0], verdict.token)
+    counts = torch.bincount(first, minlength=8).double().numpy()
+    says = emitted.double().numpy() / float(emitted.sum())
+    assert scipy.stats.chisquare(counts, says * TRIALS).pvalue > FALSE_ALARM
+    exact = scipy.stats.chisquare(counts, p.double().numpy() / float(p.double().sum()) * TRIALS).pvalue
+    assert (exact > FALSE_ALARM) == (lenience == 1)
+    drift = float((emitted * (emitted / p).log()).sum())
+    assert verdict.kl is not None
+    torch.testing.assert_close(verdict.kl * (verdict.accepted + 1), torch.full((TRIALS,), drift), rtol=1e-4, atol=1e-6)
+
+
+# The whole loop ----------------------------------------------------------------------------------------------------
+
+
+class TableCache:
+    """The ids a `TableModel` has read."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def rollback(self, length: int) -> None:
+        assert length <= len(self.ids)
+        del self.ids[length:]
+
+    def free(self) -> None:
+        self.ids = []
+
+
+class TableModel:
+    """A `Target` whose logits are a table of the last two tokens."""
+
+    device = torch.device("cpu")
+    eos: frozenset[int] = frozenset()
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self.vocabulary = logits.shape[-1]
+
+    def new_cache(self, capacity: int) -> TableCache:
+        return TableCache()
+
+    def prefill(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
+        return Pass(self.verify(tokens, cache).logits[-1:], None)
+
+    def verify(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
+        start = len(cache.ids)
+        cache.ids += tokens.tolist()
+        ends = range(start, len(cache.ids))
+        return Pass(torch.stack([self.logits[cache.ids[max(i - 1, 0)], cache.ids[i]] for i in ends]), None)
+
+
+def silent() -> Any:
+    """A text stream that says nothing."""
+    stream = SimpleNamespace(push=lambda token: "", flush=lambda: "")
+    stream.fork = lambda: stream
+    return stream
+
+
+@pytest.mark.parametrize("rule", ["rejection", "coupled"])
+def test_decode_is_exact(rule: str) -> None:
+    """`decode` itself with a draft model, one seed a trial: three tokens of a vocabulary of 4, and no fewer trials
+    than make every cell count."""
+    target, other = TableModel(table(4, 7)), TableModel(table(4, 99))
+    trials, tokens = 1500, []
+    for seed in range(trials):
+        settings = Settings(temperature=1.0, top_k=3, rule=rule, max_new_tokens=TOKENS + 1, seed=seed)
+        drafter = ModelDrafter(other, "table", 4)  # type: ignore[arg-type]
+        rounds = decode.speculative(target, drafter, Fixed(2), list(PROMPT), silent(), settings)  # type: ignore[arg-type]
+        tokens.append([t.id for r in rounds for t in r.emitted][:TOKENS])
+    joint = enumerate_joint(distribution(table(4, 7), settings))
+    assert p_value(torch.tensor(tokens), joint) > FALSE_ALARM

@@ -1,0 +1,104 @@
+"""Tiny random models of real classes, and a tokenizer that costs nothing: what the engine's tests race."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from spec_decode.drafters import Draft
+from spec_decode.target import Target
+
+VOCABULARY = 96
+WINDOW = 16
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,  # logits far enough apart that float32 rounding decides nothing
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_SLIDING = ["sliding_attention", "full_attention"] * 2
+
+
+def model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A tiny random float32 model of a real class, in evaluation mode."""
+    torch.manual_seed(seed)
+    options = {**_COMMON, **changes}
+    made: PreTrainedModel
+    if kind == "llama":
+        made = LlamaForCausalLM(LlamaConfig(**options))
+    elif kind == "gemma3":
+        made = Gemma3ForCausalLM(Gemma3TextConfig(**options, head_dim=8, sliding_window=WINDOW, layer_types=_SLIDING))
+    elif kind == "qwen2":
+        made = Qwen2ForCausalLM(Qwen2Config(**options))
+    elif kind == "qwen3":
+        made = Qwen3ForCausalLM(
+            Qwen3Config(**options, head_dim=8, use_sliding_window=True, sliding_window=WINDOW, layer_types=_SLIDING)
+        )
+    else:
+        raise ValueError(kind)
+    return made.eval()
+
+
+class Characters:
+    """A tokenizer of one character a token."""
+
+    chat_template = None
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(chr(32 + i) for i in ids)
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [(ord(c) - 32) % VOCABULARY for c in text]}
+
+
+class ScriptedDrafter:
+    """Drafts what a function of (tokens so far, length) says; the sequence it was fed is there to look at."""
+
+    name = "scripted"
+    needs_hidden = False
+
+    def __init__(self, script: Any) -> None:
+        self.script = script
+        self.tokens: list[int] = []
+        self.closed = False
+
+    def start(self, prompt: list[int], settings: Any, capacity: int) -> None:
+        self.tokens, self.closed = list(prompt), False
+
+    def extend(self, tokens: list[int], target: Any) -> None:
+        self.tokens += tokens
+
+    def draft(self, length: int) -> Draft:
+        return Draft(torch.tensor(self.script(self.tokens, length), dtype=torch.long))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class PairOf:
+    """What a race asks of a pair, around a tiny target."""
+
+    def __init__(self, target: Target, drafter: Any) -> None:
+        self.target, self.drafter, self.tokenizer = target, drafter, Characters()
+        self.context, self.costs = target.context, None
+        self.info = {"target": "tiny", "drafter": drafter.name, "device": "cpu", "dtype": "float32"}
+        self.machine: dict[str, Any] = {}
