@@ -20,7 +20,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--drafter", help="drafter: lookup, a Hub id or a directory (default: the pair's own)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="number format of the weights (default: %(default)s)")
-    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address to listen on")
+    parser.add_argument(
+        "--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address to listen on"
+    )
     parser.add_argument("--port", type=_port, help="port to listen on (default: GRADIO_SERVER_PORT, else from 7860 up)")
     parser.add_argument("--share", action="store_true", help="open a public gradio.live link")
     parser.add_argument("--max-queue", type=int, default=32, help="visitors that may wait (default: %(default)s)")

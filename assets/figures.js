@@ -1,5 +1,6 @@
 // Four figures, drawn by the Plotly that comes with the plotly package and updated in place.
-// In: props.value, JSON {run, rate, acceptance, final} (see spec_decode/ui/plots.py); props.plotly, the script's path.
+// In: events sd-figures of the token view, {rate, acceptance, final} (see spec_decode/ui/plots.py) or null to clear;
+// props.plotly, the path of the script.
 const root = element.querySelector(".sd-plots");
 const boxes = {};
 for (const node of root.querySelectorAll("[data-plot]")) boxes[node.dataset.plot] = node;
@@ -119,9 +120,9 @@ async function draw() {
   root.draws = (root.draws || 0) + 1;
 }
 
-function receive() {
-  const value = props.value ? JSON.parse(props.value) : null;
-  data = value && value.run ? value : null;
+function receive(event) {
+  if (!root.isConnected) return document.removeEventListener("sd-figures", receive);
+  data = event.detail;
   if (data && data.final) scheduled = false; // the last word is drawn at once
   if (data) return schedule();
   root.dataset.state = "idle";
@@ -129,6 +130,5 @@ function receive() {
 }
 
 new MutationObserver(schedule).observe(document.body, { attributes: true, attributeFilter: ["class"] });
-watch("value", receive);
-receive();
+document.addEventListener("sd-figures", receive);
 setTimeout(() => plotly().catch(() => {}), 1500);

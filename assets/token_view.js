@@ -24,7 +24,7 @@ const lanes = ["baseline", "speculative"].map((name) => ({
   empty: find(".sd-" + name + " .sd-empty"),
   spans: [], line: null, follow: true, cursor: -1,
 }));
-let run = "", have = 0, queue = [], scheduled = false, asking = false;
+let run = "", dismissed = "", have = 0, queue = [], scheduled = false, asking = false;
 
 function reset(id) {
   run = id;
@@ -102,8 +102,13 @@ function flush() {
   queue = [];
   for (const text of texts) {
     const batch = JSON.parse(text);
+    if (!batch.run) dismissed = run || dismissed;
+    else if (batch.run === dismissed) continue; // what was cleared stays so
     take(batch);
     if (batch.phase) show(batch);
+    if (batch.figures || !batch.run) {
+      document.dispatchEvent(new CustomEvent("sd-figures", { detail: batch.figures || null }));
+    }
   }
   for (const lane of lanes) if (lane.follow) lane.box.scrollTop = lane.box.scrollHeight;
   root.spent = (root.spent || 0) + performance.now() - began;
@@ -116,7 +121,7 @@ const percent = (x) => (x === null || x === undefined ? "–" : (100 * x).toFixe
 
 function show({ phase, stats, about }) {
   const was = root.dataset.phase;
-  root.dataset.phase = phase;
+  root.dataset.phase = document.body.dataset.sdPhase = phase;
   about = about || { exact: true, same_text: true, limit: 1, rule: "" };
   root.dataset.exact = about.exact ? "yes" : "no";
   write("speedup", number(stats.speedup, 2, "×"));

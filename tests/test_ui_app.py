@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_a_race_ends_in_a_trace_and_frees_its_memory() -> None:
     pair = FakePair()
     views = list(run(ready(pair), asked(), Feed()))
     assert views[-1].trace is not None and views[-1].trace.finish == {"baseline": "length", "speculative": "length"}
-    assert json.loads(views[-1].tokens)["phase"] == "done" and json.loads(str(views[-1].figures))["final"]
+    assert json.loads(views[-1].batch)["phase"] == "done" and json.loads(views[-1].batch)["figures"]["final"]
     wait(lambda: pair.races[0].closed)
 
 
@@ -123,7 +124,7 @@ def test_every_touch_of_the_model_is_on_one_thread() -> None:
 def test_out_of_memory_keeps_what_came_before() -> None:
     engine = ready(FakePair(memory=10))
     views = list(run(engine, asked(), Feed()))
-    assert "out of memory" in str(views[-1].problem) and json.loads(views[-1].tokens)["phase"] == "failed"
+    assert "out of memory" in str(views[-1].problem) and json.loads(views[-1].batch)["phase"] == "failed"
     assert views[-1].trace is not None and len(views[-1].trace.lane("baseline")) == 10
     race = engine.open("v", "hello", Settings(), None, None, False)
     assert len(race.advance(10)[0]) > 10, "rounds before the failure come first"
@@ -177,8 +178,8 @@ def test_a_failed_load_is_told_and_can_be_tried_again() -> None:
 
 
 def test_names_from_outside_are_text() -> None:
-    engine = ready(FakePair())
-    assert "<b>" not in status_html(engine.status(), "<b>x</b>")
+    engine = Engine(fake_load(FakePair()), FakeRace)
+    assert "<b>" not in status_html(replace(engine.status(), message="<b>x</b>"))
     assert "<img" not in note_html("<img onerror=x>")["value"]
 
 

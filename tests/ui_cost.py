@@ -24,7 +24,8 @@ SCRIPTS = """() => {
   const race = document.querySelector('.sd-race'), plots = document.querySelector('.sd-plots');
   return { batches: race.flushes, ms_a_batch: race.spent / race.flushes, drawings: plots.draws || 0,
            ms_a_drawing: plots.spent / plots.draws, tokens: document.querySelectorAll('.sd-text .t').length,
-           long_tasks: window.long.length, longest: window.long.map(e => [Math.round(e.duration), Math.round(e.startTime)]).sort((a, b) => b[0] - a[0]).slice(0, 6), end: performance.now() };
+           longest_ms_and_when: window.long.map(e => [Math.round(e.duration), Math.round(e.startTime)])
+             .sort((a, b) => b[0] - a[0]).slice(0, 4) };
 }"""
 WATCH = "window.long = []; new PerformanceObserver(l => window.long.push(...l.getEntries()))"
 

@@ -42,7 +42,8 @@ def token_view(feeds: Feeds) -> gr.HTML:
 
 
 def figures() -> gr.HTML:
-    """The four figures; the value is JSON of `plots.Curves.live` and `plots.final`.
+    """The four figures. Their series (`plots.Curves.live`, `plots.final`) come in batches of the token view, which
+    hands them on in the page: one wire, one output for Gradio to process.
 
     `gr.Plot` builds a figure anew for each update, which flickers and loses the visitor's place, so the figures are
     drawn here by `Plotly.react`, with the plotly.min.js that the plotly package ships. It is served from this machine.

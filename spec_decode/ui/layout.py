@@ -63,7 +63,7 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
                     controls, drafter, system = settings_panel()
             with gr.Column(elem_id="sd-main", min_width=320):
                 view = token_view(feeds)
-                plots = figures()
+                figures()
                 download = gr.DownloadButton(
                     "Download trace (JSON)", size="sm", elem_id="sd-download", interactive=False
                 )
@@ -84,7 +84,6 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
                 note=note,
                 status=status,
                 view=view,
-                plots=plots,
                 download=download,
                 ticket=gr.State({}),
                 timer=gr.Timer(0.5),

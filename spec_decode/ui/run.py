@@ -1,7 +1,7 @@
 """One race from prompt to trace, as a stream of what a page has to show.
 
-In: an `Engine` and what the visitor asked for. Out: `View`s, a few a second: a batch for the token view always, series
-for the figures now and then, the trace at the end. Whoever stops iterating frees the device: the race is stopped and
+In: an `Engine` and what the visitor asked for. Out: `View`s, a few a second: a batch of new rounds, now and then with
+series for the figures, and the trace at the end. Whoever stops iterating frees the device: the race is stopped and
 closed in `finally`.
 """
 
@@ -18,12 +18,13 @@ from ..errors import UserError
 from ..events import Trace
 from ..settings import Settings
 from .engine import Engine
-from .feed import Feed, dumps
+from .feed import Feed
 from .plots import Curves, Throttle, final
 from .tally import Tally
 
 SLICE = 0.08  # seconds of work between two updates of the page, at least
 LONGEST = 0.3  # and at most
+UNWATCHED = 0.5  # where there is no page
 PATIENCE = 12  # a slice lasts this many times as long as the engine just waited for the page
 
 
@@ -41,10 +42,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class View:
-    """One update of the page: JSON for the token view, JSON for the figures or None, the trace when finished."""
+    """One update of the page: the batch for the token view, and the trace when finished."""
 
-    tokens: str
-    figures: str | None = None
+    batch: str
     trace: Trace | None = None
     problem: str | None = None
     counts: dict[str, int] = field(default_factory=dict)  # tokens so far by lane
@@ -52,6 +52,8 @@ class View:
 
 def run(engine: Engine, asked: Asked, feed: Feed, draw: bool = True) -> Iterator[View]:
     """Race, and say what to show. A device out of memory ends in a `View` with a `problem`, what came before kept.
+
+    Without `draw` there are no figures, and updates are rare: nobody is watching.
 
     Raises:
         PromptError, ModelError: the race could not begin.
@@ -61,11 +63,12 @@ def run(engine: Engine, asked: Asked, feed: Feed, draw: bool = True) -> Iterator
         tally, curves, throttle = Tally(), Curves(), Throttle()
         about = _about(asked.settings)
         began = time.perf_counter()
+        yield View(feed.batch("running", tally.to_dict(), about=about), counts=dict.fromkeys(tally.lanes, 0))
         done, problem = False, None
-        slice_seconds = SLICE
+        seconds = SLICE if draw else UNWATCHED
         while not done:
             try:
-                rounds, done = race.advance(slice_seconds)
+                rounds, done = race.advance(seconds)
             except UserError as error:
                 rounds, done, problem = [], True, str(error)
             except Exception as error:  # the page must outlive whatever a library throws
@@ -77,17 +80,17 @@ def run(engine: Engine, asked: Asked, feed: Feed, draw: bool = True) -> Iterator
                 curves.add(r)
             feed.add(rounds)
             trace = race.trace if done else None
-            stats = tally.to_dict(trace) | {"wall": time.perf_counter() - began}
-            phase = "failed" if problem else "done" if done else "running"
-            tokens = feed.batch(phase, stats, about=about)
-            figures = None
+            more: dict[str, Any] = {"about": about}
             if draw and (done or throttle.due()):
                 start = time.perf_counter()
-                figures = dumps({"run": feed.run, **curves.live(), "final": final(trace) if trace else None})
+                more["figures"] = curves.live() | {"final": final(trace) if trace else None}
                 throttle.drawn(time.perf_counter() - start)
-            yield View(tokens, figures, trace, problem, {name: lane.tokens for name, lane in tally.lanes.items()})
-            waited = time.perf_counter() - pause
-            slice_seconds += 0.3 * (min(LONGEST, max(SLICE, PATIENCE * waited)) - slice_seconds)
+            stats = tally.to_dict(trace) | {"wall": time.perf_counter() - began}
+            batch = feed.batch("failed" if problem else "done" if done else "running", stats, **more)
+            yield View(batch, trace, problem, {name: lane.tokens for name, lane in tally.lanes.items()})
+            if draw:
+                waited = time.perf_counter() - pause
+                seconds += 0.3 * (min(LONGEST, max(SLICE, PATIENCE * waited)) - seconds)
     finally:
         engine.close(asked.visitor, race)
 

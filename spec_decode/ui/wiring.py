@@ -2,8 +2,8 @@
 
 In: the components of a page and its engine. A press of Run goes in three steps: `check` (at once)
 validates the form and issues a ticket; the ticket's change starts `stream` in Gradio's queue, one at a time for the
-device; `rest` puts the buttons back whatever happened. While a visitor waits, the button Stop leaves the queue; once
-the race runs, another Stop ends it within one round and keeps what was generated.
+device; `rest` puts the buttons back whatever happened. There are two buttons Stop, of which the style sheet shows
+one: while a visitor waits it leaves the queue, once the race runs it ends within one round and keeps what came.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ class Page:
     note: gr.HTML
     status: gr.HTML
     view: gr.HTML
-    plots: gr.HTML
     download: gr.DownloadButton
     ticket: gr.State
     timer: gr.Timer
@@ -57,6 +56,7 @@ class Page:
 def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     """Connect everything."""
     traces = TraceFiles()
+    outcomes: dict[str, Outcome] = {}
     form = list(page.controls.values())
     hidden, shown = gr.update(visible=False), gr.update(visible=True)
 
@@ -91,35 +91,39 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
                 page.truncate: hidden,
                 page.go: hidden,
                 page.leave: shown,
-                page.status: status_html(engine.status(), "Waiting for the device."),
+                page.stop: shown,
+                page.status: status_html(engine.status(), busy=True),
             }
         return out
 
     def stream(
         request: gr.Request, ticket: dict[str, Any], text: str, system: str, drafter: str, *values: Any
-    ) -> Iterator[dict[Any, Any]]:
+    ) -> Iterator[str]:
+        visitor = str(request.session_hash)
         settings = settings_from_form(dict(zip(CONTROLS, values, strict=True)))
-        wanted = Asked(str(request.session_hash), text or "", settings, system, drafter, ticket["truncate"])
-        yield {page.leave: hidden, page.stop: shown, page.status: status_html(engine.status(), "Racing.")}
+        wanted = Asked(visitor, text or "", settings, system, drafter, ticket["truncate"])
+        outcomes[visitor] = Outcome()
         try:
             for view in run(engine, wanted, feeds.open()):
-                out: dict[Any, Any] = {page.view: view.tokens}
-                if view.figures:
-                    out[page.plots] = view.figures
-                if view.problem:
-                    out[page.note] = note_html(view.problem)
                 if view.trace:
-                    out[page.download] = gr.update(value=traces.write(view.trace.to_json()), interactive=True)
-                yield out
+                    outcomes[visitor] = Outcome(view.problem, trace=traces.write(view.trace.to_json()))
+                yield view.batch
         except PromptError as error:
-            yield {page.note: note_html(str(error)), page.truncate: gr.update(visible=error.limit > 0)}
+            outcomes[visitor] = Outcome(str(error), truncate=error.limit > 0)
         except ModelError as error:
-            yield {page.note: note_html(str(error))}
+            outcomes[visitor] = Outcome(str(error))
 
-    def rest() -> dict[Any, Any]:
-        now = engine.status()
-        ready = gr.update(visible=True, interactive=now.phase == "ready")
-        return {page.leave: hidden, page.stop: hidden, page.go: ready, page.status: status_html(now)}
+    def rest(request: gr.Request) -> dict[Any, Any]:
+        now, outcome = engine.status(), outcomes.pop(str(request.session_hash), Outcome())
+        return {
+            page.leave: hidden,
+            page.stop: hidden,
+            page.go: gr.update(visible=True, interactive=now.phase == "ready"),
+            page.status: status_html(now),
+            page.note: note_html(outcome.problem) if outcome.problem else hidden,
+            page.truncate: gr.update(visible=outcome.truncate),
+            page.download: gr.update(value=outcome.trace, interactive=True) if outcome.trace else gr.skip(),
+        }
 
     def stop(request: gr.Request) -> None:
         engine.stop(str(request.session_hash))
@@ -129,7 +133,6 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         return {
             page.prompt: "",
             page.view: idle(),
-            page.plots: "",
             page.note: hidden,
             page.truncate: hidden,
             page.download: gr.update(value=None, interactive=False),
@@ -141,7 +144,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     page.retry.click(again, None, [page.timer, page.retry, page.status], **AT_ONCE)
 
     asked = [page.prompt, *form]
-    checked = [page.ticket, page.note, page.truncate, page.go, page.leave, page.status, *form]
+    checked = [page.ticket, page.note, page.truncate, page.go, page.leave, page.stop, page.status, *form]
     # a changed gr.State wakes its listeners only when the event went through the queue; this one never waits there
     page.go.click(
         lambda text, *v: check(False, text, v), asked, checked, preprocess=False, concurrency_limit=None, **QUIET
@@ -149,12 +152,15 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     page.truncate.click(
         lambda text, *v: check(True, text, v), asked, checked, preprocess=False, concurrency_limit=None, **QUIET
     )
-    resting = [page.leave, page.stop, page.go, page.status]
+    resting = [page.leave, page.stop, page.go, page.status, page.note, page.truncate, page.download]
+    # One output, taken as it is: Gradio builds a component anew for every update of a property, several times a
+    # second, and even for outputs that are skipped. All that can wait for the end of the race waits for `rest`.
     running = page.ticket.change(
         stream,
         [page.ticket, page.prompt, page.system, page.drafter, *form],
-        [page.view, page.plots, page.note, page.truncate, page.download, page.leave, page.stop, page.status],
+        page.view,
         preprocess=False,
+        postprocess=False,
         concurrency_id=DEVICE,
         concurrency_limit=1,
         show_progress="minimal",
@@ -164,27 +170,39 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     running.then(rest, None, resting, **AT_ONCE)
     page.leave.click(rest, None, resting, cancels=[running], **AT_ONCE)
     page.stop.click(stop, None, None, **AT_ONCE)
-    cleared = [page.prompt, page.view, page.plots, page.note, page.truncate, page.download]
+    cleared = [page.prompt, page.view, page.note, page.truncate, page.download]
     page.clear.click(wipe, None, cleared, **AT_ONCE)
     blocks.unload(stop)
 
 
-def status_html(now: Status, doing: str | None = None) -> str:
-    """One line: what is loaded and on what, or what is happening."""
-    pair = now.pair or {}
-    if now.phase != "ready":
+def status_html(now: Status, busy: bool = False) -> str:
+    """One line: what is loaded and on what, or what is happening. Whether a visitor who asked for a race still waits
+    for it is known to the token view, which tells the style sheet."""
+    if now.phase != "ready" or not now.pair:
         line = escape(now.message)
     else:
-        names = " + ".join(escape(str(pair[key])) for key in ("target", "drafter") if pair.get(key))
-        place = ", ".join(escape(str(pair[key])) for key in ("device", "dtype") if pair.get(key))
-        line = f"{escape(doing or 'Ready.')} <span>{names} on {place}</span>"
-    state = "busy" if doing and now.phase == "ready" else now.phase
+        names = " + ".join(escape(str(now.pair[key])) for key in ("target", "drafter") if now.pair.get(key))
+        place = ", ".join(escape(str(now.pair[key])) for key in ("device", "dtype") if now.pair.get(key))
+        doing = (
+            "<b class='sd-waits'>Waiting for the device.</b><b class='sd-runs'>Racing.</b>" if busy else "<b>Ready.</b>"
+        )
+        line = f"{doing} <span>{names} on {place}</span>"
+    state = "busy" if busy and now.phase == "ready" else now.phase
     return f'<p role="status" data-state="{state}"><i></i><span>{line}</span></p>'
 
 
 def note_html(message: str) -> Any:
     """A message under the prompt."""
     return gr.update(value=f'<p role="alert">{escape(message)}</p>', visible=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a race leaves for the page: a message, whether truncating would help, and the file of its trace."""
+
+    problem: str | None = None
+    truncate: bool = False
+    trace: str | None = None
 
 
 class TraceFiles:
