@@ -91,16 +91,24 @@ def test_adaptive_drafts_far_when_all_is_accepted_and_it_costs_nothing() -> None
     assert drive(Adaptive(CHEAP), CHEAP, 1.0, 100)[-1] == 16
 
 
-def test_adaptive_believes_the_clock_over_the_model() -> None:
-    """Costs that promise cheap long drafts are corrected by rounds that took far longer."""
+def test_adaptive_is_not_misled_by_a_machine_that_is_slower_throughout() -> None:
+    slow = Costs(0.12, CHEAP.verify_ratio, CHEAP.draft_ratio)
+    assert drive(Adaptive(CHEAP), slow, 0.9, 600)[-1] == drive(Adaptive(CHEAP), CHEAP, 0.9, 600)[-1]
+
+
+HEARSAY = "a round's error corrects every length alike in the end, so lengths not tried look as wrong as the one tried"
+
+
+@pytest.mark.xfail(strict=True, reason=HEARSAY)
+def test_adaptive_leaves_drafts_that_take_longer_than_modelled() -> None:
+    """The model promises cheap long drafts; beyond 3 tokens they take five times as long."""
     cliff = Costs(0.03, tuple(1 + 0.03 * g if g <= 3 else 5.0 for g in range(17)), 0.02)
     chosen = drive(Adaptive(CHEAP), cliff, 0.9, 600)[300:]
-    assert drive(Adaptive(CHEAP), CHEAP, 0.9, 600)[-1] > 6
     assert sum(g <= 3 for g in chosen) > 0.8 * len(chosen)
 
 
-@pytest.mark.xfail(strict=True, reason="a plain step is never timed while drafting seems to win: hearsay sets its cost")
-def test_adaptive_finds_out_that_a_plain_step_is_cheaper_than_modelled() -> None:
+@pytest.mark.xfail(strict=True, reason=HEARSAY)
+def test_adaptive_returns_to_plain_steps_when_drafts_take_longer_than_modelled() -> None:
     """Every draft costs twice what was measured, a plain step does not."""
     chosen = drive(Adaptive(CHEAP), DEAR, 0.4, 600)[300:]
     assert sum(chosen) / len(chosen) < 0.5
