@@ -155,7 +155,10 @@ function show({ phase, stats, about }) {
     ? (stats.speedup >= 1 ? "faster" : "slower") + " than the baseline, same model, same prompt"
     : "speculative ÷ baseline, tokens per second");
   if (was !== phase) {
-    if (phase === "running") spoken.textContent = "The race has started.";
+    if (phase === "running") {
+      spoken.textContent = "The race has started.";
+      if (window.innerWidth <= 800) root.scrollIntoView({ block: "start", behavior: "smooth" });
+    }
     if (over) spoken.textContent = "The race is over. Speedup " + fields.speedup.textContent + ", texts " + fields.identical.textContent + ".";
     if (phase === "idle") spoken.textContent = "";
   }

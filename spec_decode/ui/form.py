@@ -14,7 +14,7 @@ from ..settings import Settings
 HELP: dict[str, str] = {
     "policy": "Adaptive picks the fastest length each round from measured costs.",
     "draft_length": "Tokens guessed a round, when fixed.",
-    "temperature": "0 is greedy. Up to 5.",
+    "temperature": "0 is greedy decoding.",
     "top_p": "1 keeps every token.",
     "top_k": "0 keeps every token.",
     "max_new_tokens": "Each lane ends after so many.",

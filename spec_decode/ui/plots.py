@@ -110,7 +110,7 @@ class Throttle:
 
     def __init__(self, interval: float = 1.0, share: float = 0.01) -> None:
         self._interval, self._share = interval, share
-        self._next = 0.0
+        self._next = time.perf_counter() + interval
         self.spent = 0.0
 
     def due(self) -> bool:

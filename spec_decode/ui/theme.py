@@ -63,6 +63,7 @@ def theme() -> gr.themes.Base:
         "block_border_width": "0px",
     }
     values |= {"block_border_width_dark": "0px", "input_shadow_focus": "0 0 0 2px var(--sd-accent-soft)"}
+    values |= {"input_border_width": "1px", "input_border_width_dark": "1px", "input_radius": "8px"}
     values |= {"block_padding": "0px", "block_radius": "8px", "layout_gap": "14px", "form_gap_width": "0px"}
     base = gr.themes.Base(
         primary_hue="teal", neutral_hue="zinc", radius_size="md", font=list(SANS), font_mono=list(MONO)
