@@ -12,6 +12,7 @@ a time in a kernel call that covers them all. So both lanes emit the same tokens
 from __future__ import annotations
 
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from .cache import RollbackCache
+
 ROWWISE = "rowwise_sdpa"
+READ = 64  # positions; keys and values are read in steps of it
 MOST_ROWS = 32  # a pass of more is a prefill, which both lanes make alike
 # Without VNNI the kernels add pairs of 8 × 8-bit products in 16 bits, which 8-bit activations could overflow.
 LEVELS = 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
@@ -121,13 +125,13 @@ class FusedLlamaLayer(nn.Module):
         qkv = self._norm_linear(x, self.norm1, self.qkv).view(rows, rotating + self.kv_heads, self.head_dim)
         cos, sin = position_embeddings
         qk, v = qkv[:, :rotating], qkv[:, rotating:]
-        swapped = qk.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-        qk = torch.addcmul(qk * cos, swapped, sin)
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
         k, v = qk[:, self.heads :].transpose(0, 1)[None], v.transpose(0, 1)[None]
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.attention.layer_idx)
-        mixed = _attend(qk[:, : self.heads].transpose(0, 1)[None], k, v, attention_mask, self.attention.scaling)
-        mixed = mixed.reshape(rows, -1)
+        start = past_key_values.length if isinstance(past_key_values, RollbackCache) else None
+        q = qk[:, : self.heads].transpose(0, 1)[None]
+        mixed = _attend(q, k, v, attention_mask, self.attention.scaling, start).reshape(rows, -1)
         size = _row_size(mixed)
         x = torch.addcmul(x, self.out.unit(mixed / size), size)
         gate, up = self._norm_linear(x, self.norm2, self.gate_up).chunk(2, -1)
@@ -139,7 +143,8 @@ class FusedLlamaLayer(nn.Module):
         """RMS norm and projection: the norm's factor joins the row's scale, since quantization divides it out."""
         weighted = x * weight
         size = _row_size(weighted)
-        factor = size * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        factor = size * torch.rsqrt(length.square() / x.shape[-1] + self.eps)
         return linear.unit(weighted / size) * factor
 
 
@@ -162,24 +167,44 @@ def _row_size(x: Tensor) -> Tensor:
     return x.abs().amax(-1, keepdim=True).clamp_min(1e-12)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, start: int | None = None) -> Tensor:
     """Attention of `[1, heads, rows, d]` over `[1, kv_heads, n, d]` → `[rows, heads, d]`, the same for a row whatever
-    stands beside it: rows become the batch (over one copy of keys and values), grouped heads the kernel's rows."""
+    stands beside it: rows become the batch (over one copy of keys and values), grouped heads the kernel's rows.
+
+    With the position `start` of the first row known, a row reads no further than the step of `READ` that holds it.
+    How far depends on its own position alone, so the sum does too.
+    """
     heads, rows = q.shape[1], q.shape[2]
     if rows > MOST_ROWS or mask is None:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and rows > 1, scale=scaling, enable_gqa=heads != k.shape[1]
         )
         return out[0].transpose(0, 1)
-    grouped = q[0].transpose(0, 1).reshape(rows, k.shape[1], heads // k.shape[1], -1)
-    out = F.scaled_dot_product_attention(
-        grouped,
-        k.expand(rows, -1, -1, -1),
-        v.expand(rows, -1, -1, -1),
-        attn_mask=mask[0].transpose(0, 1)[:, None],
-        scale=scaling,
-    )
-    return out.reshape(rows, heads, -1)
+    q = q[0].transpose(0, 1).reshape(rows, k.shape[1], heads // k.shape[1], -1)
+    mask = mask[0].transpose(0, 1)[:, None]
+    if start is None:
+        parts = [(slice(0, rows), k.shape[2])]
+    else:
+        cuts = [0, *range(READ - start % READ, rows, READ), rows]
+        parts = [(slice(a, b), -(-(start + b) // READ) * READ) for a, b in pairwise(cuts)]
+    # On one thread: the kernel's work buffers are aligned differently from thread to thread, MKL's sums depend on the
+    # alignment, and which thread gets a row depends on how many there are.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        outs = [
+            F.scaled_dot_product_attention(
+                q[part],
+                k[:, :, :end].expand(part.stop - part.start, -1, -1, -1),
+                v[:, :, :end].expand(part.stop - part.start, -1, -1, -1),
+                attn_mask=mask[part, ..., :end],
+                scale=scaling,
+            )
+            for part, end in parts
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    return (outs[0] if len(outs) == 1 else torch.cat(outs)).reshape(rows, heads, -1)
 
 
 def _rowwise_attention(

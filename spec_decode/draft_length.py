@@ -55,9 +55,8 @@ class Threshold:
 class Adaptive:
     """The γ that maximizes modelled tokens per second.
 
-    Tokens a round brings: 1 + Σ of products of per-position acceptance, each a decayed average of what was seen, beyond
-    what was tried taken as the last. Seconds a round takes: measured costs, corrected by what rounds of that γ really
-    took. When a plain step wins, every now and then a short draft is tried, at intervals that double while drafting
+    Tokens a round brings: 1 + Σ of products of per-position acceptance, each a decayed average of what was seen,
+    hopeful where nothing was. Seconds a round takes: measured costs, corrected by what rounds of that γ really took. When a plain step wins, every now and then a short draft is tried, at intervals that double while drafting
     goes on losing, so that the exploration costs a vanishing share and a change is still noticed.
     """
 
@@ -73,7 +72,7 @@ class Adaptive:
         self.modelled = [
             costs.step_seconds * (ratio[min(g, len(ratio) - 1)] + g * costs.draft_ratio) for g in range(longest + 1)
         ]
-        self.scale = [1.0] * (longest + 1)  # measured over modelled seconds
+        self.scale = [1.0] * (longest + 1)  # measured over modelled seconds, 1 until measured
         self.seen = [False] * (longest + 1)
         self.since_draft = 0
         self.patience = 8
@@ -90,11 +89,16 @@ class Adaptive:
             self.tried[i] = self.decay * self.tried[i] + 1
             self.taken[i] = self.decay * self.taken[i] + (i < accepted)
         if drafted <= self.longest and round.seconds > 0:
-            # Neighbouring draft lengths share most of what makes the model wrong (context length, a busy machine).
-            error = min(max(round.seconds / self.modelled[drafted], 0.25), 4.0)
+            # A length's first round sets its scale, so every length is judged by what it took itself; what others took
+            # says little about it (a kernel may fall off a cliff between two widths). Those not in use drift towards
+            # what is seen now, so that one unlucky round is not held against a length for ever.
+            error = min(max(round.seconds / self.modelled[drafted], 0.1), 10.0)
             for g in range(self.longest + 1):
-                weight = 0.2 if g == drafted else 0.04
-                self.scale[g] += weight * (error - self.scale[g])
+                if g == drafted:
+                    self.scale[g] += (0.2 if self.seen[g] else 1.0) * (error - self.scale[g])
+                elif self.seen[g]:
+                    self.scale[g] += 0.005 * (error - self.scale[g])
+            self.seen[drafted] = True
         if drafted == 0:
             self.since_draft += 1
         else:
