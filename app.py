@@ -54,8 +54,10 @@ def main(argv: list[str] | None = None) -> int:
             **launch_options(),
         )
     except OSError as error:
-        where = f"port {flags.port}" if flags.port else "a free port"
-        print(f"app.py: cannot serve on {flags.host}, {where}: {error}", file=sys.stderr)
+        taken = "Cannot find empty port" in str(error)
+        port = flags.port or os.environ.get("GRADIO_SERVER_PORT", "7860 to 7959")
+        why = f"port {port} is taken; choose another with --port" if taken else str(error)
+        print(f"app.py: cannot serve on {flags.host}: {why}.", file=sys.stderr)
         return 1
     print(f"Spec Decode is at {url}", flush=True)
     engine.start()
@@ -64,10 +66,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 0 < port < 65536:
-        raise argparse.ArgumentTypeError("a port is a number from 1 to 65535")
-    return port
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"a port is a number from 1 to 65535, not {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ const draws = {
   passes(P, c) {
     const [x, y] = data.final.passes;
     return [[{ x, y, name: "target passes", type: "bar", marker: { color: c.accent }, hovertemplate: "%{y} passes gave %{x} tokens<extra></extra>" }],
-      { ...layout(c, { title: "tokens from one target pass", dtick: 1, rangemode: "normal" }, { title: "passes" }), showlegend: false, bargap: 0.25 }];
+      { ...layout(c, { title: "tokens from one target pass", dtick: 1, rangemode: "normal" }, { title: "passes", tickformat: "d", dtick: Math.max(...y) < 6 ? 1 : undefined }), showlegend: false, bargap: 0.25 }];
   },
   model(P, c) {
     const m = data.final.model;

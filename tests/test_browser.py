@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from ui_fakes import FakePair, FakeRace, fake_load
 
+from spec_decode.events import Trace
+
 playwright = pytest.importorskip("playwright.sync_api")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,6 +175,11 @@ def test_a_race_of_the_embedded_model(browser: Any, real_app: str) -> None:
     assert visitor.count(".sd-text img") == 0 and page.title() == "Spec Decode"
     page.wait_for_selector('[data-plot="model"][data-state="drawn"] .main-svg')
     assert visitor.count(".main-svg") >= 4
+    page.wait_for_selector("#sd-download:not([disabled])")
+    with page.expect_download() as download:
+        page.click("#sd-download")
+    trace = Trace.from_json(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert trace.identical and len(trace.token_ids("baseline")) == int(visitor.text('[data-k="baseline.tokens"]'))
     assert visitor.errors == [] and visitor.outside == []
 
     visitor.run("Write a long story about a lighthouse.", max_new_tokens=400)

@@ -22,7 +22,7 @@ from .wiring import DEVICE, QUIET, Page, wire
 
 def launch_options() -> dict[str, Any]:
     """Keyword arguments for `Blocks.launch` (Gradio takes the look of a page there)."""
-    return {"theme": theme(), "head": head(), "footer_links": ["api", "gradio"], "quiet": True}
+    return {"theme": theme(), "head": head(), "footer_links": ["api", "gradio"], "ssr_mode": False, "quiet": True}
 
 
 def examples() -> list[dict[str, str]]:
@@ -92,6 +92,8 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
         )
         api(race_endpoint(engine), api_name="race", concurrency_id=DEVICE, concurrency_limit=1)
     blocks.queue(max_size=max_queue, api_open=False)
+    # Gradio looks for new events a thousand times a second, in the process that decodes; fifty times is soon enough.
+    blocks._queue.sleep_when_free = 0.02
     return blocks
 
 
