@@ -56,8 +56,9 @@ class Adaptive:
     """The γ that maximizes modelled tokens per second.
 
     Tokens a round brings: 1 + Σ of products of per-position acceptance, each a decayed average of what was seen,
-    hopeful where nothing was. Seconds a round takes: measured costs, corrected by what rounds of that γ really took. When a plain step wins, every now and then a short draft is tried, at intervals that double while drafting
-    goes on losing, so that the exploration costs a vanishing share and a change is still noticed.
+    hopeful where nothing was. Seconds a round takes: measured costs, corrected by what rounds of that γ really took.
+    When a plain step wins, every now and then a short draft is tried, at intervals that double while drafting goes on
+    losing, so that the exploration costs a vanishing share and a change is still noticed.
     """
 
     def __init__(self, costs: Costs | None, longest: int = MAX_DRAFT_LENGTH, decay: float = 0.92) -> None:
