@@ -27,7 +27,8 @@ from .cache import RollbackCache
 ROWWISE = "rowwise_sdpa"
 READ = 64  # positions; keys and values are read in steps of it
 MOST_ROWS = 32  # a pass of more is a prefill, which both lanes make alike
-# Without VNNI the kernels add pairs of 8 × 8-bit products in 16 bits, which 8-bit activations could overflow.
+# Without VNNI the kernels add pairs of products in 16 bits, which 255 × 127 × 2 would overflow and 255 × 63 × 2 does
+# not. The weights give up the bit: activations, with their outliers, need it more (docs/int8_quality.py).
 LEVELS = 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
 
 
@@ -60,13 +61,13 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Int8Linear(nn.Module):
-    """y = x Wᵀ + b with weights in 8 bits a row of W and activations in 7 or 8 bits a row of x."""
+    """y = x Wᵀ + b with a scale for every row of W (8 bits, 7 without VNNI) and for every row of x (8 bits)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         weight = weight.detach().float()
         self.out_features, self.in_features = weight.shape
-        scale = (weight.abs().amax(1) / 127).clamp_min(1e-12).double()
+        scale = (weight.abs().amax(1) / LEVELS).clamp_min(1e-12).double()
         rows = torch.zeros(len(scale), dtype=torch.long)
         with warnings.catch_warnings():
             # Quantized tensors are to leave PyTorch after 2.13, which requirements.txt stays below. Their successor
@@ -83,10 +84,10 @@ class Int8Linear(nn.Module):
 
     def unit(self, x: Tensor) -> Tensor:
         """`[..., in]` in [−1, 1] → `[..., out]`. The scale is fixed, so no row touches another."""
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / LEVELS, LEVELS + 1, self.packed)
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 127, 128, self.packed)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, activation_levels=±{LEVELS}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, weight_levels=±{LEVELS}"
 
 
 class FusedLlamaLayer(nn.Module):
