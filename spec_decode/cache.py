@@ -24,6 +24,23 @@ def bucket(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """`full_attention` or `sliding_attention` for every layer.
+
+    Raises:
+        ValueError: the model has layers whose state cannot roll back (recurrent, chunked attention).
+    """
+    config = config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ValueError(f"{config.model_type} has {', '.join(sorted(unknown))} layers, whose state cannot roll back")
+    return list(kinds)
+
+
 class RollbackLayer(CacheLayerMixin):
     """Keys and values of one layer, `[1, heads, capacity, head_dim]` each, allocated at the first update."""
 
@@ -73,29 +90,27 @@ class RollbackCache(Cache):
     """All layers of one sequence and the cursor they share.
 
     Args:
-        config: of the text model.
+        config: of the model.
         capacity: positions to make room for; rounded up to a whole bucket.
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
-        config = config.get_text_config(decoder=True)
         self.capacity = bucket(capacity)
         self.length = 0
-        kinds = getattr(config, "layer_types", None)
-        if kinds is None:
-            sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-            kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
-        unknown = set(kinds) - {"full_attention", "sliding_attention"}
-        if unknown:
-            raise ValueError(
-                f"{config.model_type} has {', '.join(sorted(unknown))} layers, whose state cannot roll back"
-            )
+        kinds = layer_kinds(config)
         super().__init__(layers=[RollbackLayer(self, kind == "sliding_attention") for kind in kinds])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         return self.layers[layer_idx].update(key_states, value_states)
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer up to the bucket that holds the cursor, in place."""
+        keys, values = self.layers[layer].keys, self.layers[layer].values
+        assert keys is not None and values is not None
+        end = bucket(self.length)
+        return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, tokens: int) -> None:
         """Moves the cursor past positions that a pass has just written."""

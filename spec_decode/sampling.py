@@ -109,6 +109,28 @@ def race(p: Tensor, noise: Tensor) -> Tensor:
     return (p / noise).argmax(-1)
 
 
+def draw(logits: Tensor, positions: Tensor, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor]:
+    """One drafted token for every row, as the rule in `settings` wants it drawn.
+
+    At temperature 0 it is the argmax and there is no q. Otherwise it is drawn from q, with the noise the target will
+    use at that position under the coupled rule, and with noise of its own under the others.
+
+    Args:
+        logits: `[k, V]`, the drafter's.
+        positions: integer `[k]`, where the tokens would stand.
+
+    Returns:
+        ids int64 `[k]`; q float32 `[k, V]` or None; the drafter's probability of each id, float32 `[k]`.
+    """
+    if settings.temperature == 0:
+        ids = logits.argmax(-1)
+        return ids, None, logits.float().softmax(-1).gather(-1, ids[:, None])[:, 0]
+    q = distribution(logits, settings)
+    stream = TARGET if settings.rule == "coupled" else DRAFT
+    ids = race(q, exponential(settings.seed, positions, logits.shape[-1], stream))
+    return ids, q, q.gather(-1, ids[:, None])[:, 0]
+
+
 def _exponential_at(seed: int, positions: Tensor, tokens: Tensor, stream: int) -> Tensor:
     # 64 bits of key for each position, mixed into a 32-bit hash of the token in two rounds. 32-bit lanes because
     # they multiply in vector registers everywhere, which 64-bit ones do not.

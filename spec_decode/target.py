@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .cache import RollbackCache
+from .cache import RollbackCache, layer_kinds
 
 
 @dataclass(frozen=True)
 class Pass:
-    """logits `[k, V]` at the pass's last k positions; hidden `[k, H]` there, after the final norm, or None."""
+    """logits `[k, V]` at the pass's last k positions; hidden `[k, H]` there, after the final norm, or None; the cache
+    that the pass wrote to, whose keys and values an MTP drafter reads."""
 
     logits: Tensor
     hidden: Tensor | None
+    cache: RollbackCache
 
 
 class Target:
@@ -30,7 +32,11 @@ class Target:
     Attributes:
         context: positions the model was made for.
         vocabulary: width V of its logits.
+        kinds: `full_attention` or `sliding_attention` for every layer.
         eos: ids that end a text, from the generation config.
+
+    Raises:
+        ValueError: the model has layers whose state cannot roll back (recurrent, chunked attention).
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -39,16 +45,13 @@ class Target:
         self.config = model.config.get_text_config(decoder=True)
         self.context = int(getattr(self.config, "max_position_embeddings", None) or 8192)
         self.vocabulary = int(self.config.vocab_size)
+        self.kinds = layer_kinds(model.config)
         eos = model.generation_config.eos_token_id if model.generation_config else None
         eos = self.config.eos_token_id if eos is None else eos
         self.eos = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
 
     def new_cache(self, capacity: int) -> RollbackCache:
-        """A cache for one sequence of up to `capacity` positions.
-
-        Raises:
-            ValueError: the model has layers whose state cannot be rolled back (recurrent, chunked attention).
-        """
+        """A cache for one sequence of up to `capacity` positions."""
         return RollbackCache(self.model.config, capacity)
 
     def prefill(self, tokens: Tensor, cache: RollbackCache, hidden: bool = False) -> Pass:
@@ -72,4 +75,4 @@ class Target:
             output_hidden_states=hidden,
         )
         cache.advance(tokens.shape[0])
-        return Pass(out.logits[0], out.hidden_states[-1][0, -keep:] if hidden else None)
+        return Pass(out.logits[0], out.hidden_states[-1][0, -keep:] if hidden else None, cache)

@@ -383,13 +383,13 @@ class TableModel:
         return TableCache()
 
     def prefill(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
-        return Pass(self.verify(tokens, cache).logits[-1:], None)
+        return Pass(self.verify(tokens, cache).logits[-1:], None, cache)
 
     def verify(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
         start = len(cache.ids)
         cache.ids += tokens.tolist()
         ends = range(start, len(cache.ids))
-        return Pass(torch.stack([self.logits[cache.ids[max(i - 1, 0)], cache.ids[i]] for i in ends]), None)
+        return Pass(torch.stack([self.logits[cache.ids[max(i - 1, 0)], cache.ids[i]] for i in ends]), None, cache)
 
 
 def silent() -> Any:

@@ -8,6 +8,14 @@ import torch
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4AssistantConfig,
+    Gemma4AssistantForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    Gemma4UnifiedAssistantConfig,
+    Gemma4UnifiedAssistantForCausalLM,
+    Gemma4UnifiedForCausalLM,
+    Gemma4UnifiedTextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -56,6 +64,57 @@ def model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     else:
         raise ValueError(kind)
     return made.eval()
+
+
+GEMMA4 = ["dense", "shared", "k_eq_v", "moe", "unified"]
+
+
+def gemma4(kind: str, seed: int = 0, ordered: bool = False, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A tiny random Gemma 4 target of a real shape and the assistant to it, float32.
+
+    dense; shared: E2B and E4B, later layers reuse keys and values and every layer has its own embedding; k_eq_v: one
+    projection for keys and values in full attention, fewer heads there; moe: 26B-A4B; unified: the classes of 12B.
+    """
+    torch.manual_seed(seed)
+    layers = 6 if kind == "shared" else 4
+    options: dict[str, Any] = {
+        **_COMMON,
+        "num_hidden_layers": layers,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "sliding_window": WINDOW,
+        "layer_types": _SLIDING[:2] * (layers // 2),
+        **changes,
+    }
+    heads = {"attention_k_eq_v": True, "num_global_key_value_heads": 1} if kind == "k_eq_v" else {}
+    own: dict[str, Any] = {"hidden_size_per_layer_input": 0, **heads}
+    if kind == "shared":
+        own |= {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
+        own["vocab_size_per_layer_input"] = options["vocab_size"]
+    if kind == "moe":
+        own |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+    small = {**options, "hidden_size": 16, "num_hidden_layers": 2, "layer_types": _SLIDING[:2], **heads}
+    lists = {"use_ordered_embeddings": ordered, "num_centroids": 8, "centroid_intermediate_top_k": 3}
+    target: PreTrainedModel
+    assistant: PreTrainedModel
+    if kind == "unified":
+        target = Gemma4UnifiedForCausalLM(Gemma4UnifiedTextConfig(**options))
+        assistant = Gemma4UnifiedAssistantForCausalLM(
+            Gemma4UnifiedAssistantConfig(
+                text_config=Gemma4UnifiedTextConfig(**small), backbone_hidden_size=options["hidden_size"], **lists
+            )
+        )
+    else:
+        target = Gemma4ForCausalLM(Gemma4TextConfig(**options, **own))
+        text = Gemma4TextConfig(
+            **small, hidden_size_per_layer_input=0, vocab_size_per_layer_input=0, num_kv_shared_layers=2
+        )
+        assistant = Gemma4AssistantForCausalLM(
+            Gemma4AssistantConfig(text_config=text, backbone_hidden_size=options["hidden_size"], **lists)
+        )
+    if ordered:
+        assistant.masked_embedding.token_ordering.copy_(torch.randperm(options["vocab_size"]))  # type: ignore[operator, union-attr]
+    return target.eval(), assistant.eval()
 
 
 class Characters:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..settings import Settings
@@ -24,6 +25,13 @@ class Draft:
     ids: Tensor
     probabilities: Tensor | None = None
     confidence: Tensor | None = None
+
+
+def joined(drawn: list[tuple[Tensor, Tensor | None, Tensor]], device: torch.device | None = None) -> Draft:
+    """The draft made of tokens from `sampling.draw`, one row each, on `device`."""
+    ids, q, confidence = zip(*drawn, strict=True)
+    sampled = None if q[0] is None else torch.cat(q).to(device)
+    return Draft(torch.cat(ids).to(device), sampled, torch.cat(confidence).to(device))
 
 
 class Drafter(Protocol):

@@ -7,21 +7,16 @@ rolled back, and only tokens it has not read are fed, so none is computed twice.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ..errors import ModelError
-from ..sampling import DRAFT, TARGET, distribution, exponential, race
+from ..sampling import draw
 from ..settings import Settings
 from ..target import Pass, Target
-from . import Draft
+from . import Draft, joined
 
 
 class ModelDrafter:
-    """Drafts γ tokens one after another with `model`, sampled as `settings` say.
-
-    At temperature 0 the draft is the argmax (no q); with the coupled rule it is drawn with the noise the target will
-    use; with the other rules it is drawn with noise of its own.
-    """
+    """Drafts γ tokens one after another with `model`, drawn as `sampling.draw` says."""
 
     needs_hidden = False
 
@@ -44,26 +39,14 @@ class ModelDrafter:
     @torch.inference_mode()
     def draft(self, length: int) -> Draft:
         feed = torch.tensor(self.tokens[self.cache.length :], device=self.model.device)
-        ids: list[Tensor] = []
-        drawn: list[Tensor] = []
-        confidence: list[Tensor] = []
-        sampling = self.settings.temperature > 0
+        drawn = []
         for i in range(length):
-            logits = self.model.prefill(feed, self.cache).logits[:, : self.vocabulary].float()
+            logits = self.model.prefill(feed, self.cache).logits[:, : self.vocabulary]
             if logits.shape[1] < self.vocabulary:
                 logits = torch.nn.functional.pad(logits, (0, self.vocabulary - logits.shape[1]), value=-torch.inf)
-            if sampling:
-                q = distribution(logits, self.settings)
-                position = torch.full((1,), len(self.tokens) + i, device=self.model.device)
-                stream = TARGET if self.settings.rule == "coupled" else DRAFT
-                feed = race(q, exponential(self.settings.seed, position, self.vocabulary, stream))
-                drawn.append(q)
-            else:
-                q = logits.softmax(-1)
-                feed = logits.argmax(-1)
-            ids.append(feed)
-            confidence.append(q.gather(-1, feed[:, None])[:, 0])
-        return Draft(torch.cat(ids), torch.cat(drawn) if drawn else None, torch.cat(confidence))
+            drawn.append(draw(logits, torch.full((1,), len(self.tokens) + i, device=logits.device), self.settings))
+            feed = drawn[-1][0]
+        return joined(drawn)
 
     def close(self) -> None:
         self.cache.free()

@@ -1,0 +1,141 @@
+"""Multi-token prediction with a Gemma 4 assistant: a drafter that reads the target's mind instead of the text.
+
+It has no cache and no prefill of its own. Each step takes the target's embedding of the last token and a hidden state
+(the target's last one at first, its own afterwards), and its attention has queries only: keys and values are those of
+the target's last layer of each kind, read in place. Its position stays at the last token for the whole round.
+Ours to run (`Gemma4AssistantForCausalLM`, `Gemma4UnifiedAssistantForCausalLM` hold the weights) so that drafts can be
+drawn from q rather than be the argmax, that nothing waits for the host, and that shapes do not change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import ModelError
+from ..sampling import draw
+from ..settings import Settings
+from ..target import Pass, Target
+from . import Draft, joined
+
+MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+
+
+class MTPDrafter:
+    """Drafts with a Gemma 4 assistant of `target`.
+
+    The assistant's config may name the target layers it reads, `target_kv_layers = {"full_attention": 29, …}`; without
+    that it is the last layer of each kind that has keys and values of its own, as for Google's.
+
+    Raises:
+        ModelError: the assistant was made for another target.
+    """
+
+    needs_hidden = True
+
+    def __init__(self, model: PreTrainedModel, target: Target, name: str = "mtp") -> None:
+        self.model: Any = model.eval()
+        self.name = name
+        self.device = model.device
+        self.vocabulary = target.vocabulary
+        self.embed = target.model.get_input_embeddings()
+        self.config = model.config.get_text_config()
+        width = target.config.hidden_size
+        if model.config.backbone_hidden_size != width:
+            raise ModelError(
+                f"The drafter {name} was made for a target {model.config.backbone_hidden_size} wide, and this one is "
+                f"{width}; choose the drafter that belongs to the target."
+            )
+        if self.config.vocab_size != target.vocabulary:
+            raise ModelError(
+                f"The drafter {name} knows {self.config.vocab_size} tokens and the target {target.vocabulary}; choose "
+                "the drafter that belongs to the target."
+            )
+        self.sources = _sources(model, target)
+        self.ordering: Tensor | None = None
+        if model.config.use_ordered_embeddings:
+            self.ordering = self.model.masked_embedding.token_ordering.long().view(model.config.num_centroids, -1)
+
+    def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
+        self.settings = settings
+        self.seen: Pass | None = None
+
+    def extend(self, tokens: list[int], target: Pass) -> None:
+        # Row i of a pass follows its token i; the last token emitted came from row len(tokens) − 1.
+        assert target.hidden is not None
+        self.seen = target
+        self.hidden = target.hidden[len(tokens) - 1]
+        self.last = tokens[-1]
+
+    @torch.inference_mode()
+    def draft(self, length: int) -> Draft:
+        assert self.seen is not None
+        position = self.seen.cache.length  # of the last token, which the target has not read yet
+        places = torch.full((1,), position, device=self.device)
+        shared, masks = self._view(position)
+        hidden = self.hidden.to(self.device).view(1, 1, -1)
+        token = torch.tensor([self.last], device=self.embed.weight.device)
+        drawn = []
+        for i in range(1, length + 1):
+            embedded = self.embed(token).to(self.device)
+            out = self.model.model(
+                inputs_embeds=self.model.pre_projection(torch.cat([embedded[None], hidden], -1)),
+                attention_mask=masks,
+                position_ids=places[None],
+                shared_kv_states=shared,
+                use_cache=False,
+            ).last_hidden_state
+            hidden = self.model.post_projection(out)
+            drawn.append(draw(self._logits(out[0]), places + i, self.settings))
+            token = drawn[-1][0].to(token.device)
+        return joined(drawn, self.embed.weight.device)
+
+    def close(self) -> None:
+        self.seen = None
+
+    def _view(self, length: int) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+        """The target's first `length` keys and values of each kind, up to the bucket, and masks `[1, 1, 1, bucket]`."""
+        assert self.seen is not None
+        shared = {kind: self.seen.cache.read(layer) for kind, layer in self.sources.items()}
+        shared = {kind: (k.to(self.device), v.to(self.device)) for kind, (k, v) in shared.items()}
+        masks = {}
+        for kind, (keys, _) in shared.items():
+            back = length - 1 - torch.arange(keys.shape[2], device=self.device)  # how far behind the last one read
+            visible = back >= 0
+            if kind == "sliding_attention":
+                visible &= back <= self.config.sliding_window
+            masks[kind] = torch.zeros_like(back, dtype=keys.dtype).masked_fill_(~visible, -torch.inf)[None, None, None]
+        return shared, masks
+
+    def _logits(self, out: Tensor) -> Tensor:
+        """`[1, width]` → `[1, V]`; −inf for tokens outside the chosen centroids' lists."""
+        if self.ordering is None:
+            return self.model.lm_head(out)
+        lists = self.model.masked_embedding
+        chosen = lists.centroids(out).topk(lists.centroid_intermediate_top_k).indices
+        ids = self.ordering[chosen].view(1, -1)
+        logits = out @ self.model.lm_head.weight[ids[0]].T
+        return logits.new_full((1, self.vocabulary), -torch.inf).scatter_(-1, ids, logits)
+
+
+def _sources(model: PreTrainedModel, target: Target) -> dict[str, int]:
+    """Which target layer each kind of attention reads.
+
+    Raises:
+        ModelError: the target has no such layer.
+    """
+    wanted = set(model.config.get_text_config().layer_types)
+    named = getattr(model.config, "target_kv_layers", None)
+    kinds = list(target.kinds)
+    own = len(kinds) - (getattr(target.config, "num_kv_shared_layers", 0) or 0)
+    last = {kind: i for i, kind in enumerate(kinds[:own])} | (named or {})
+    missing = {kind for kind in wanted if not 0 <= last.get(kind, -1) < own}
+    if missing:
+        raise ModelError(
+            f"The drafter reads {', '.join(sorted(missing))} keys and values, which this target does not have; choose "
+            "the drafter that belongs to the target."
+        )
+    return {kind: last[kind] for kind in sorted(wanted)}

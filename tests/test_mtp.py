@@ -1,0 +1,223 @@
+"""MTP drafters on tiny random models of the real Gemma 4 classes: exact with every rule, and drafting as transformers
+does from the same state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import scipy.stats
+import tiny
+import torch
+from transformers import GenerationConfig
+from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
+
+from spec_decode import decode
+from spec_decode.draft_length import Adaptive, Fixed
+from spec_decode.drafters import Draft
+from spec_decode.drafters.mtp import MTPDrafter
+from spec_decode.errors import ModelError
+from spec_decode.sampling import distribution
+from spec_decode.settings import Settings
+from spec_decode.target import Pass, Target
+from spec_decode.text import TextStream
+
+LONG = [(7 * i * i + 3 * i) % tiny.VOCABULARY for i in range(5 * tiny.WINDOW)]
+FALSE_ALARM = 1e-6  # for one comparison; the family of all in this file stays below 1e-5
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose more to handing work out than they win by it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class WatchedMTP(MTPDrafter):
+    """Remembers every draft and the sequence it continued."""
+
+    def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
+        super().start(prompt, settings, capacity)
+        self.sequence = list(prompt)
+        self.drafts: list[tuple[list[int], Draft]] = []
+
+    def extend(self, tokens: list[int], target: Pass) -> None:
+        super().extend(tokens, target)
+        self.sequence += tokens
+
+    def draft(self, length: int) -> Draft:
+        made = super().draft(length)
+        self.drafts.append((list(self.sequence), made))
+        return made
+
+
+def pair(kind: str, ordered: bool = False, **changes: Any) -> tuple[Target, WatchedMTP]:
+    model, assistant = tiny.gemma4(kind, ordered=ordered, **changes)
+    target = Target(model)
+    return target, WatchedMTP(assistant, target)
+
+
+def race(target: Target, drafter: MTPDrafter, lengths: Any, prompt: list[int], settings: Settings) -> tuple[list, list]:
+    def stream() -> TextStream:
+        return TextStream(tiny.Characters(), prompt)
+
+    def ids(rounds: Any) -> list[int]:
+        return [token.id for r in rounds for token in r.emitted]
+
+    baseline = ids(decode.baseline(target, prompt, stream(), settings))
+    return baseline, ids(decode.speculative(target, drafter, lengths, prompt, stream(), settings))
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["head", "centroids"])
+@pytest.mark.parametrize("kind", tiny.GEMMA4)
+def test_greedy_equals_generate(kind: str, ordered: bool) -> None:
+    target, drafter = pair(kind, ordered)
+    prompt = torch.tensor([LONG])
+    generated = target.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20
+    )[0, len(LONG) :].tolist()
+    for length in (1, 2, 3, 5, 8):
+        baseline, speculative = race(target, drafter, Fixed(length), LONG, Settings(max_new_tokens=20))
+        assert baseline == speculative == generated, length
+
+
+# Vocabulary and seed with which a pair of random models agrees now and then, so that rounds end in every way.
+AGREEABLE = [
+    ("dense", False, 8, 3),
+    ("dense", True, 8, 0),
+    ("shared", False, 8, 1),
+    ("shared", True, 8, 1),
+    ("k_eq_v", False, 8, 1),
+    ("k_eq_v", True, 16, 1),
+    ("moe", False, 8, 0),
+    ("moe", True, 8, 3),
+    ("unified", False, 8, 3),
+    ("unified", True, 8, 0),
+]
+
+
+@pytest.mark.parametrize(("kind", "ordered", "vocabulary", "seed"), AGREEABLE)
+def test_greedy_drafts_are_those_of_transformers(kind: str, ordered: bool, vocabulary: int, seed: int) -> None:
+    """After every round, rollbacks included, against a state that transformers computes from nothing."""
+    target, drafter = pair(kind, ordered, vocab_size=vocabulary, seed=seed)
+    prompt = [token % vocabulary for token in LONG]
+    race(target, drafter, Fixed(4), prompt, Settings(max_new_tokens=30))
+    accepted = 0
+    for sequence, draft in drafter.drafts:
+        with torch.no_grad():
+            read = target.model(
+                input_ids=torch.tensor([sequence[:-1]]),
+                output_hidden_states=True,
+                return_shared_kv_states=True,
+                use_cache=False,
+            )
+        drafter.model.generation_config.num_assistant_tokens = 4
+        generator = SinglePositionMultiTokenCandidateGenerator(
+            drafter.model, target.model.get_input_embeddings(), GenerationConfig(max_length=1000)
+        )
+        theirs, _ = generator.get_candidates(
+            torch.tensor([sequence]), {}, read, is_first_iteration=False, n_last_matches=0
+        )
+        ours = draft.ids.tolist()
+        assert theirs[0, len(sequence) :].tolist()[: len(ours)] == ours
+        accepted += drafter.sequence[len(sequence) : len(sequence) + 1] == ours[:1]
+    assert 0 < accepted < len(drafter.drafts)
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["head", "centroids"])
+@pytest.mark.parametrize("kind", tiny.GEMMA4)
+def test_coupled_lanes_are_identical(kind: str, ordered: bool) -> None:
+    target, drafter = pair(kind, ordered)
+    for seed, (temperature, top_p, top_k) in enumerate([(0.3, 1.0, 0), (0.7, 0.9, 0), (1.0, 1.0, 20), (1.5, 1.0, 0)]):
+        settings = Settings(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_new_tokens=16)
+        for lengths in (Fixed(1), Fixed(4), Adaptive(None)):
+            baseline, speculative = race(target, drafter, lengths, LONG, settings)
+            assert baseline == speculative
+
+
+def test_tokens_outside_the_chosen_centroids_have_no_probability() -> None:
+    target, drafter = pair("dense", ordered=True)
+    race(target, drafter, Fixed(3), LONG, Settings(temperature=1.0, rule="rejection", max_new_tokens=12))
+    size = tiny.VOCABULARY // 8
+    for _, draft in drafter.drafts:
+        assert draft.probabilities is not None
+        assert ((draft.probabilities > 0).sum(-1) == 3 * size).all()
+        torch.testing.assert_close(draft.probabilities.sum(-1), torch.ones(len(draft.ids)))
+
+
+SMALL, TRIALS = 8, 1200
+PROMPT = [1, 2, 3, 4] * tiny.WINDOW
+
+
+def joint_of_two(target: Target, settings: Settings) -> torch.Tensor:
+    """The exact distribution `[SMALL, SMALL]` of the first two tokens."""
+    prompts = torch.tensor([[*PROMPT, token] for token in range(SMALL)])
+    with torch.inference_mode():
+        logits = target.model(input_ids=prompts, use_cache=False).logits
+    return distribution(logits[0, -2], settings)[:, None] * distribution(logits[:, -1], settings)
+
+
+def chance(target: Target, drafter: MTPDrafter, length: int, temperature: float) -> float:
+    """p-value of the first two tokens' joint distribution under the rejection rule; one draft covers the second."""
+    counts = torch.zeros(SMALL, SMALL)
+    settings = Settings(temperature=temperature, rule="rejection", max_new_tokens=length + 2)
+    for seed in range(TRIALS):
+        settings = Settings(temperature=temperature, rule="rejection", max_new_tokens=length + 2, seed=seed)
+        rounds = decode.speculative(
+            target, drafter, Fixed(length), PROMPT, TextStream(tiny.Characters(), PROMPT), settings
+        )
+        first, second = next(rounds).emitted[0].id, next(rounds).emitted[0].id
+        rounds.close()
+        counts[first, second] += 1
+    expected = joint_of_two(target, settings).double().flatten() * TRIALS
+    observed = counts.double().flatten()
+    rare = expected < 5  # one class of all that are too rare for chi-square
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    observed = torch.cat([observed[~rare], observed[rare].sum()[None]])
+    kept = expected > 0
+    assert observed[~kept].sum() == 0
+    return float(scipy.stats.chisquare(observed[kept].numpy(), expected[kept].numpy() / expected.sum() * TRIALS).pvalue)
+
+
+@pytest.mark.parametrize(("kind", "ordered", "length"), [("dense", False, 1), ("shared", True, 2), ("moe", False, 1)])
+def test_rejection_is_exact(kind: str, ordered: bool, length: int) -> None:
+    target, drafter = pair(kind, ordered, vocab_size=SMALL)
+    assert chance(target, drafter, length, 1.0) > FALSE_ALARM
+
+
+def test_rejection_of_argmax_drafts_is_not_exact() -> None:
+    """The test of the test: drafts that were not drawn from q, judged as if they were, must be found out."""
+
+    class Argmax(MTPDrafter):
+        def draft(self, length: int) -> Draft:
+            drawn = super().draft(length)
+            assert drawn.probabilities is not None
+            return Draft(drawn.probabilities.argmax(-1), drawn.probabilities)
+
+    model, assistant = tiny.gemma4("dense", vocab_size=SMALL)
+    target = Target(model)
+    assert chance(target, Argmax(assistant, target), 1, 1.0) < FALSE_ALARM
+
+
+def test_a_drafter_of_another_target_is_refused() -> None:
+    target = Target(tiny.gemma4("dense")[0])
+    with pytest.raises(ModelError, match="made for a target 48 wide, and this one is 32"):
+        MTPDrafter(tiny.gemma4("dense", hidden_size=48)[1], target)
+    with pytest.raises(ModelError, match="knows 64 tokens and the target 96"):
+        MTPDrafter(tiny.gemma4("dense", vocab_size=64)[1], target)
+    with pytest.raises(ModelError, match="sliding_attention keys and values"):
+        MTPDrafter(tiny.gemma4("dense")[1], Target(tiny.model("llama")))
+
+
+def test_the_assistant_may_name_the_layers_it_reads() -> None:
+    """Any target will do, an ordinary Llama here, as long as heads agree."""
+    assistant = tiny.gemma4("dense", global_head_dim=8)[1]
+    assistant.config.target_kv_layers = {"full_attention": 3, "sliding_attention": 1}
+    target = Target(tiny.model("llama"))
+    drafter = MTPDrafter(assistant, target)
+    assert drafter.sources == {"full_attention": 3, "sliding_attention": 1}
+    baseline, speculative = race(target, drafter, Fixed(3), LONG, Settings(temperature=1.0, max_new_tokens=20))
+    assert baseline == speculative
