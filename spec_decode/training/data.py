@@ -15,8 +15,9 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,77 @@ def write(
 def shards(folder: Path) -> list[Path]:
     """The finished shards, in order."""
     return sorted(folder.glob("[0-9]*.safetensors"))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Texts of unequal length, padded: ids `[B, T]`, hidden `[B, T, H]`, top_ids and top_logs `[B, T, TOP]`, lengths,
+    turns and answers `[B]`, and for each layer kept keys and values `[B, heads, T, head_dim]`."""
+
+    ids: Tensor
+    hidden: Tensor
+    top_ids: Tensor
+    top_logs: Tensor
+    lengths: Tensor
+    turns: Tensor
+    answers: Tensor
+    kv: dict[int, tuple[Tensor, Tensor]]
+
+
+class Texts:
+    """The finished shards of some folders, read where they lie."""
+
+    def __init__(self, folders: Iterable[Path], most: int | None = None) -> None:
+        paths = [path for folder in folders for path in shards(folder)][:most]
+        self.files: list[Any] = [safe_open(path, "pt") for path in paths]
+        self.shards = len(paths)
+        self.texts: list[tuple[int, int, int, int, int]] = []  # file, begin, end, turn, answer
+        self.categories: list[str] = []
+        self.temperatures: list[float] = []
+        self.keys: list[str] = []
+        for number, file in enumerate(self.files):
+            about = json.loads(file.metadata()["about"])
+            offsets = file.get_tensor("offsets").tolist()
+            turns, answers = file.get_tensor("turns").tolist(), file.get_tensor("answers").tolist()
+            for i, (begin, end) in enumerate(pairwise(offsets)):
+                self.texts.append((number, begin, end, turns[i], answers[i]))
+            self.categories += about["categories"]
+            self.keys += about["keys"]
+            self.temperatures += file.get_tensor("temperatures").tolist()
+            self.layers: list[int] = about["layers"]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def length(self, text: int) -> int:
+        """Its tokens."""
+        return self.texts[text][2] - self.texts[text][1]
+
+    def batch(self, chosen: Sequence[int], layers: Iterable[int]) -> Batch:
+        """The chosen texts, with keys and values of `layers`, float32."""
+
+        def padded(name: str) -> Tensor:
+            return nn.utils.rnn.pad_sequence([self._part(name, text) for text in chosen], batch_first=True)
+
+        def heads(name: str) -> Tensor:
+            return padded(name).float().transpose(1, 2)
+
+        ends = torch.tensor([self.texts[text] for text in chosen])
+        return Batch(
+            padded("ids").long(),
+            padded("hidden").float(),
+            padded("top_ids").long(),
+            padded("top_logs").float(),
+            ends[:, 2] - ends[:, 1],
+            ends[:, 3],
+            ends[:, 4],
+            {layer: (heads(f"keys.{layer}"), heads(f"values.{layer}")) for layer in layers},
+        )
+
+    def _part(self, name: str, text: int) -> Tensor:
+        number, begin, end, _, _ = self.texts[text]
+        part: Tensor = self.files[number].get_slice(name)[begin:end]
+        return part
 
 
 def _known(folder: Path) -> tuple[set[str], int]:

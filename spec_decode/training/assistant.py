@@ -1,0 +1,168 @@
+"""The drafter before it has learnt anything, and the file it becomes: a plain `Gemma4AssistantForCausalLM`.
+
+In: a target. Out: an assistant that reads keys and values of chosen layers of it, started from the target's own
+embeddings so that there is little left to learn; and a checkpoint which transformers loads. Knows nothing of data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
+
+from ..errors import UserError
+
+KINDS = ("sliding_attention", "full_attention")  # in the order of the drafter's layers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """intermediate: width of the drafter's MLPs; as the target's, they start as copies of them. layers: the target's layers whose keys and values it reads, one drafter
+    layer each. centroids, chosen: lists the vocabulary is split into and how many of them a step looks at; 0 looks at
+    every token."""
+
+    intermediate: int = 1536
+    layers: tuple[int, ...] = (20, 29)
+    centroids: int = 0
+    chosen: int = 32
+
+
+def build(target: Any, shape: Shape) -> Gemma4AssistantForCausalLM:
+    """A random assistant for a target with text config `target`.
+
+    Raises:
+        UserError: the shape does not fit the target.
+    """
+    if not 1 <= len(shape.layers) <= len(KINDS):
+        raise UserError(f"A drafter reads one or two layers, not {len(shape.layers)}.")
+    if any(not 0 <= layer < target.num_hidden_layers for layer in shape.layers):
+        raise UserError(f"The target's layers are 0…{target.num_hidden_layers - 1}.")
+    if shape.centroids and target.vocab_size % shape.centroids:
+        raise UserError(f"{target.vocab_size} tokens cannot be split into {shape.centroids} equal lists.")
+    kinds = list(KINDS[-len(shape.layers) :])
+    head = getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads
+    rope = getattr(target, "rope_parameters", None) or {}
+    turning = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10_000.0)}
+    text = Gemma4TextConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=len(kinds),
+        num_attention_heads=target.num_attention_heads,
+        num_key_value_heads=target.num_key_value_heads,
+        head_dim=head,
+        global_head_dim=head,
+        layer_types=kinds,
+        sliding_window=target.max_position_embeddings,
+        max_position_embeddings=target.max_position_embeddings,
+        rope_parameters=dict.fromkeys(KINDS, turning),
+        hidden_activation=getattr(target, "hidden_act", None) or target.hidden_activation,
+        rms_norm_eps=1e-6,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=0,
+        num_kv_shared_layers=len(kinds),
+        bos_token_id=target.bos_token_id,
+        eos_token_id=target.eos_token_id,
+        pad_token_id=target.pad_token_id,
+    )
+    config = Gemma4AssistantConfig(
+        text_config=text,
+        backbone_hidden_size=target.hidden_size,
+        use_ordered_embeddings=shape.centroids > 0,
+        num_centroids=max(shape.centroids, 1),
+        centroid_intermediate_top_k=shape.chosen,
+    )
+    config.target_kv_layers = dict(zip(kinds, shape.layers, strict=True))
+    return Gemma4AssistantForCausalLM(config)
+
+
+class Learner(nn.Module):
+    """The assistant while it learns.
+
+    It is as wide as the target and its head is the target's own, frozen: a narrower one could not tell the target's
+    favourites apart (of SmolLM2's, a projection to 320 of 576 dimensions keeps 74 %), and a token that the texts show
+    once moves with all others.
+    """
+
+    def __init__(self, target: PreTrainedModel, shape: Shape) -> None:
+        super().__init__()
+        config = target.config.get_text_config()
+        self.shape = shape
+        self.assistant = build(config, shape)
+        self.assistant.requires_grad_(True)
+        self.assistant.lm_head.requires_grad_(False)
+        embedding = target.get_input_embeddings()
+        scale = getattr(embedding, "scalar_embed_scale", 1.0)
+        self.register_buffer("embed", embedding.weight.detach().float() * float(scale), persistent=False)
+        self.register_buffer("head", target.get_output_embeddings().weight.detach().float(), persistent=False)
+
+        self._start(target)
+
+    @torch.no_grad()
+    def _start(self, target: PreTrainedModel) -> None:
+        """Begins as a drafter that repeats the hidden state it is given, with queries and memories of the target's."""
+        assistant: Any = self.assistant
+        theirs = target.base_model
+        same = torch.eye(self.head.shape[1])
+        # Back from what the last norm made of it to the stream that all of the target's layers read.
+        weight = theirs.norm.weight.detach().float()
+        size = weight.abs().clamp_min(0.05 * weight.abs().mean()) * weight.sign()
+        assistant.pre_projection.weight.copy_(torch.cat([0.3 / self.embed.std() * same, same / size], 1))
+        assistant.model.norm.weight.copy_(weight)
+        assistant.post_projection.weight.copy_(same)
+        for layer, source in zip(assistant.model.layers, self.shape.layers, strict=True):
+            layer.post_attention_layernorm.weight.fill_(0.3)
+            layer.post_feedforward_layernorm.weight.fill_(0.3)
+            layer.self_attn.q_norm.weight.fill_(2.0 / math.sqrt(layer.self_attn.head_dim))
+            model = dict(theirs.layers[source].named_parameters())
+            layer.input_layernorm.weight.copy_(model["input_layernorm.weight"])
+            before_mlp = "pre_feedforward_layernorm.weight"
+            layer.pre_feedforward_layernorm.weight.copy_(model.get(before_mlp, model["post_attention_layernorm.weight"]))
+            for name, mine in layer.named_parameters():
+                like = model.get(name)
+                if name.endswith("proj.weight") and like is not None and like.shape == mine.shape:
+                    mine.copy_(like)
+
+
+@torch.no_grad()
+def save(learner: Learner, folder: Path) -> None:
+    """Writes the assistant to `folder`.
+
+    Its head is stored as integers of 8 bits: one scale for all of it, which goes into the norm before it and out of
+    everything else that reads that norm. Loaded in any float dtype it is exact.
+    """
+    assistant: Any = learner.assistant
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().to("cpu", torch.float32) for name, value in assistant.state_dict().items()}
+    state.pop("lm_head.weight")
+    head = (learner.head @ learner.read.weight).cpu()
+    scale = float(_clip(head)) / 127
+    state["model.norm.weight"] *= scale
+    state["post_projection.weight"] /= scale
+    out = {name: value.to(torch.bfloat16).contiguous() for name, value in state.items()}
+    if assistant.masked_embedding is not None:
+        out["masked_embedding.centroids.weight"] = (state["masked_embedding.centroids.weight"] / scale).bfloat16()
+        out["masked_embedding.token_ordering"] = assistant.masked_embedding.token_ordering.to("cpu", torch.int32)
+    out["model.embed_tokens.weight"] = (head / scale).round().clamp(-127, 127).to(torch.int8)
+    save_file(out, folder / "model.safetensors", metadata={"format": "pt"})
+    assistant.config.dtype = torch.float32
+    assistant.config.architectures = [type(assistant).__name__]
+    assistant.config.save_pretrained(folder)
+
+
+def _clip(head: Tensor) -> Tensor:
+    """The largest magnitude worth representing: clipping a few outliers gains precision for the rest."""
+    top = head.abs().amax()
+    options = [top * share for share in (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3)]
+
+    def loss(limit: Tensor) -> float:
+        step = limit / 127
+        return float(((head / step).round().clamp(-127, 127) * step - head).square().mean())
+
+    return min(options, key=loss)
