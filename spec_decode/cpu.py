@@ -53,11 +53,17 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
         for i, layer in enumerate(layers):
             layers[i] = FusedLlamaLayer(layer)
         model.base_model.rotary_emb = _SignedRotary(model.base_model.rotary_emb)
+    quantize_linears(model)
+    return model
+
+
+def quantize_linears(model: nn.Module) -> None:
+    """Makes the linear layers inside `model` int8 in place and leaves the rest as it is."""
+    torch.backends.quantized.engine = "fbgemm"
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, Int8Linear(child.weight, child.bias))
-    return model
 
 
 class Int8Linear(nn.Module):

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from . import cpu, embedded
 from .drafters import Drafter
 from .drafters.lookup import LookupDrafter
 from .drafters.model import ModelDrafter, check_same_vocabulary
+from .drafters.mtp import MODEL_TYPES, MTPDrafter
 from .errors import ModelError
 from .events import Costs
 from .settings import MAX_DRAFT_LENGTH, Settings
@@ -33,6 +34,8 @@ Say = Callable[[str], None]
 
 EMBEDDED = "embedded"
 LOOKUP = "lookup"
+MTP = "mtp"
+SHIPPED = Path(__file__).parents[1] / "assets" / "drafter"
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -144,6 +147,32 @@ def load_model(path: str, device: torch.device, dtype: str) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def load_assistant(path: str, device: torch.device, dtype: str) -> PreTrainedModel:
+    """A Gemma 4 assistant, with or without its head (see `MTPDrafter`), in a dtype of `DTYPES`.
+
+    Raises:
+        ModelError: it cannot be found, fetched, read or fitted.
+    """
+    transformers_logging.disable_progress_bar()
+    loud = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a head that is left out is the target's
+    try:
+        with _OneSentence(path):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True)
+    finally:
+        transformers_logging.set_verbosity(loud)
+    if dtype == "int8":
+        cpu.quantize_linears(model.model)
+        for name in ("pre_projection", "post_projection"):
+            setattr(model, name, cpu.Int8Linear(getattr(model, name).weight))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _is_assistant(path: str) -> bool:
+    with _OneSentence(path):
+        return AutoConfig.from_pretrained(path).model_type in MODEL_TYPES
+
+
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a Hub id or directory.
 
@@ -238,9 +267,13 @@ def _load_drafter(name: str | None, target: Target, tokenizer: Any, dtype: str) 
     if name in (None, "", LOOKUP):
         return LookupDrafter(target.device)
     assert name is not None
-    if name == "mtp":
-        raise ModelError("This target has no MTP drafter yet; choose lookup, or a smaller model of the same family.")
+    if name == MTP:
+        if target.config.vocab_size != 49152 or target.config.hidden_size != 576:
+            raise ModelError("This target has no MTP drafter here; train one (train-drafter), or choose lookup.")
+        return MTPDrafter(load_assistant(str(SHIPPED), target.device, dtype), target)
     path = str(embedded.prepare()) if name == EMBEDDED else name
+    if _is_assistant(path):
+        return MTPDrafter(load_assistant(path, target.device, dtype), target, Path(name).name)
     check_same_vocabulary(tokenizer, load_tokenizer(path))
     model = Target(load_model(path, target.device, dtype))
     return ModelDrafter(model, embedded.NAME if name == EMBEDDED else name, target.vocabulary)

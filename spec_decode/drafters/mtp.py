@@ -28,7 +28,8 @@ class MTPDrafter:
     """Drafts with a Gemma 4 assistant of `target`.
 
     The assistant's config may name the target layers it reads, `target_kv_layers = {"full_attention": 29, …}`; without
-    that it is the last layer of each kind that has keys and values of its own, as for Google's.
+    that it is the last layer of each kind that has keys and values of its own, as for Google's. With
+    `shares_target_head` its head is the target's own, and need not be in the checkpoint.
 
     Raises:
         ModelError: the assistant was made for another target.
@@ -55,6 +56,9 @@ class MTPDrafter:
                 "the drafter that belongs to the target."
             )
         self.sources = _sources(model, target)
+        if getattr(model.config, "shares_target_head", False):
+            self.model.lm_head = target.model.get_output_embeddings()
+        self.rows = getattr(self.model.lm_head, "weight", self.embed.weight)  # an int8 head shows no rows
         self.ordering: Tensor | None = None
         if model.config.use_ordered_embeddings:
             self.ordering = self.model.masked_embedding.token_ordering.long().view(model.config.num_centroids, -1)
@@ -117,7 +121,7 @@ class MTPDrafter:
         lists = self.model.masked_embedding
         chosen = lists.centroids(out).topk(lists.centroid_intermediate_top_k).indices
         ids = self.ordering[chosen].view(1, -1)
-        logits = out @ self.model.lm_head.weight[ids[0]].T
+        logits = out @ self.rows[ids[0]].T
         return logits.new_full((1, self.vocabulary), -torch.inf).scatter_(-1, ids, logits)
 
 

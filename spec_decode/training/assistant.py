@@ -23,9 +23,9 @@ KINDS = ("sliding_attention", "full_attention")  # in the order of the drafter's
 
 @dataclass(frozen=True)
 class Shape:
-    """intermediate: width of the drafter's MLPs; as the target's, they start as copies of them. layers: the target's layers whose keys and values it reads, one drafter
-    layer each. centroids, chosen: lists the vocabulary is split into and how many of them a step looks at; 0 looks at
-    every token."""
+    """intermediate: width of the drafter's MLPs; as wide as the target's they start as copies. layers: the target's
+    layers whose keys and values it reads, one drafter layer each. centroids, chosen: lists the vocabulary is split
+    into and how many of them a step looks at; 0 looks at every token."""
 
     intermediate: int = 1536
     layers: tuple[int, ...] = (20, 29)
@@ -90,6 +90,9 @@ class Learner(nn.Module):
     once moves with all others.
     """
 
+    embed: Tensor  # [V, H], the target's, scaled as it scales it
+    head: Tensor  # [V, H]
+
     def __init__(self, target: PreTrainedModel, shape: Shape) -> None:
         super().__init__()
         config = target.config.get_text_config()
@@ -120,49 +123,32 @@ class Learner(nn.Module):
             layer.post_attention_layernorm.weight.fill_(0.3)
             layer.post_feedforward_layernorm.weight.fill_(0.3)
             layer.self_attn.q_norm.weight.fill_(2.0 / math.sqrt(layer.self_attn.head_dim))
-            model = dict(theirs.layers[source].named_parameters())
-            layer.input_layernorm.weight.copy_(model["input_layernorm.weight"])
-            before_mlp = "pre_feedforward_layernorm.weight"
-            layer.pre_feedforward_layernorm.weight.copy_(model.get(before_mlp, model["post_attention_layernorm.weight"]))
+            like = dict(theirs.layers[source].named_parameters())
+            layer.input_layernorm.weight.copy_(like["input_layernorm.weight"])
+            before_mlp = like.get("pre_feedforward_layernorm.weight", like["post_attention_layernorm.weight"])
+            layer.pre_feedforward_layernorm.weight.copy_(before_mlp)
             for name, mine in layer.named_parameters():
-                like = model.get(name)
-                if name.endswith("proj.weight") and like is not None and like.shape == mine.shape:
-                    mine.copy_(like)
+                if name.endswith("proj.weight") and name in like and like[name].shape == mine.shape:
+                    mine.copy_(like[name])
 
 
 @torch.no_grad()
-def save(learner: Learner, folder: Path) -> None:
-    """Writes the assistant to `folder`.
+def save(learner: Learner, folder: Path, head: bool = True, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes the assistant to `folder` as a transformers checkpoint.
 
-    Its head is stored as integers of 8 bits: one scale for all of it, which goes into the norm before it and out of
-    everything else that reads that norm. Loaded in any float dtype it is exact.
+    Without its `head`, which is the target's, it is a tenth of the size, and `MTPDrafter` takes the head from the
+    target; transformers alone needs it in the file.
     """
     assistant: Any = learner.assistant
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().to("cpu", torch.float32) for name, value in assistant.state_dict().items()}
+    state = {name: value.detach().to("cpu") for name, value in assistant.state_dict().items()}
     state.pop("lm_head.weight")
-    head = (learner.head @ learner.read.weight).cpu()
-    scale = float(_clip(head)) / 127
-    state["model.norm.weight"] *= scale
-    state["post_projection.weight"] /= scale
-    out = {name: value.to(torch.bfloat16).contiguous() for name, value in state.items()}
-    if assistant.masked_embedding is not None:
-        out["masked_embedding.centroids.weight"] = (state["masked_embedding.centroids.weight"] / scale).bfloat16()
-        out["masked_embedding.token_ordering"] = assistant.masked_embedding.token_ordering.to("cpu", torch.int32)
-    out["model.embed_tokens.weight"] = (head / scale).round().clamp(-127, 127).to(torch.int8)
+    state.pop("model.embed_tokens.weight")
+    if head:
+        state["model.embed_tokens.weight"] = learner.head.cpu()
+    out = {n: value.to(dtype if value.is_floating_point() else value.dtype).contiguous() for n, value in state.items()}
     save_file(out, folder / "model.safetensors", metadata={"format": "pt"})
-    assistant.config.dtype = torch.float32
+    assistant.config.shares_target_head = True
+    assistant.config.dtype = dtype
     assistant.config.architectures = [type(assistant).__name__]
     assistant.config.save_pretrained(folder)
-
-
-def _clip(head: Tensor) -> Tensor:
-    """The largest magnitude worth representing: clipping a few outliers gains precision for the rest."""
-    top = head.abs().amax()
-    options = [top * share for share in (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3)]
-
-    def loss(limit: Tensor) -> float:
-        step = limit / 127
-        return float(((head / step).round().clamp(-127, 127) * step - head).square().mean())
-
-    return min(options, key=loss)

@@ -343,7 +343,7 @@ class _Slots:
             return zeros.masked_fill_(~visible, -torch.inf)[:, None, None]
 
         full = additive(back >= 0)
-        if "sliding_attention" not in self.kinds:
+        if "sliding_attention" not in self.kinds or self.window is None:
             return full
         return {"full_attention": full, "sliding_attention": additive((back >= 0) & (back < self.window))}
 
@@ -403,11 +403,7 @@ def _prepared(model: PreTrainedModel) -> PreTrainedModel:
     model.eval().requires_grad_(False)
     model.set_attn_implementation(SLOTS_ATTENTION)
     if model.device.type == "cpu" and cpu.supported():
-        torch.backends.quantized.engine = "fbgemm"
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear:
-                    setattr(parent, name, cpu.Int8Linear(child.weight, child.bias))
+        cpu.quantize_linears(model)
     return model
 
 

@@ -69,7 +69,8 @@ OPENINGS: dict[str, tuple[float, int, list[str]]] = {
         0.08,
         5,
         [
-            "Write a short story about ", "Write a poem about ", "Write a letter to ", "Write a product description for ",
+            "Write a short story about ", "Write a poem about ", "Write a letter to ",
+            "Write a product description for ",
             "Write a dialogue between ", "Write a blog post about ", "Write a song about ", "Invent ",
         ],
     ),

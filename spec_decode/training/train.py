@@ -14,8 +14,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,28 @@ class Training:
     seed: int = 0
 
 
-def rounds(learner: Learner, batch: Batch, steps: int, places: Tensor, real: Tensor) -> Iterator[tuple[Any, ...]]:
+@dataclass
+class Progress:
+    """How far a run has come. shards: that the present pass over the texts reads. best, stale: most tokens per pass
+    seen, and checks since then."""
+
+    step: int = 0
+    epoch: int = 0
+    at: int = 0
+    shards: int | None = None
+    best: float = 0.0
+    stale: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+Round = tuple[Tensor, Tensor, Tensor, Tensor]
+Going = tuple[Tensor, Tensor]
+
+
+def rounds(
+    learner: Learner, batch: Batch, steps: int, places: Tensor, real: Tensor
+) -> Generator[Round, Going | None, None]:
     """Drafts from every place, a step at a time; the caller says which go on.
 
     Args:
@@ -190,13 +211,14 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
     """
     say = say or (lambda line: None)
     out.mkdir(parents=True, exist_ok=True)
-    groups = [
-        {"params": [p for p in learner.parameters() if p.requires_grad and p.dim() > 1]},
-        {"params": [p for p in learner.parameters() if p.requires_grad and p.dim() < 2], "weight_decay": 0.0},
+    learnt = [p for p in learner.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in learnt if p.dim() > 1]},
+        {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, training.rate, (0.9, 0.98), weight_decay=training.weight_decay)
     rng = torch.Generator().manual_seed(training.seed)
-    state = {"step": 0, "epoch": 0, "at": 0, "shards": None, "best": 0.0, "stale": 0, "tokens": 0, "seconds": 0.0}
+    state = Progress()
     device = learner.head.device
     saved = out / "state.pt"
     if saved.exists():
@@ -204,27 +226,27 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
         learner.load_state_dict(loaded["learner"], strict=False)  # all but what is the target's own
         optimizer.load_state_dict(loaded["optimizer"])
         rng.set_state(loaded["rng"])
-        state = loaded["state"]
-        say(f"Going on at step {state['step']}")
-    texts = Texts(folders, state["shards"])
+        state = Progress(**loaded["state"])
+        say(f"Going on at step {state.step}")
+    texts = Texts(folders, state.shards)
     learning, judging = _split(texts, training.validation)
-    if not state["step"]:
+    if not state.step:
         _write_row(out, None)
     learner.train()
     seen, begun = [[0, 0] for _ in range(training.unroll)], time.perf_counter()
     losing = torch.zeros(())
-    while state["step"] < training.steps:
-        batches = _batches(texts, learning, state["epoch"], training)
-        if state["at"] >= len(batches):
-            state |= {"epoch": state["epoch"] + 1, "at": 0}
+    while state.step < training.steps:
+        batches = _batches(texts, learning, state.epoch, training)
+        if state.at >= len(batches):
+            state.epoch, state.at = state.epoch + 1, 0
             texts = Texts(folders)
             learning, judging = _split(texts, training.validation)
             continue
-        state["shards"] = texts.shards
-        batch = texts.batch(batches[state["at"]], learner.shape.layers)
+        state.shards = texts.shards
+        batch = texts.batch(batches[state.at], learner.shape.layers)
         batch = _moved(batch, device)
         for group in optimizer.param_groups:
-            group["lr"] = training.rate * _schedule(state["step"], training)
+            group["lr"] = training.rate * _schedule(state.step, training)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss, counts = losses(learner, batch, training, rng)
         optimizer.zero_grad(set_to_none=True)
@@ -234,33 +256,30 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
         losing = losing + loss.detach().cpu()
         for sums, count in zip(seen, counts, strict=False):
             sums[0], sums[1] = sums[0] + count[0], sums[1] + count[1]
-        state |= {
-            "step": state["step"] + 1,
-            "at": state["at"] + 1,
-            "tokens": state["tokens"] + int(batch.lengths.sum()),
-        }
-        if state["step"] % training.check == 0 or state["step"] == training.steps:
+        state.step, state.at, state.tokens = state.step + 1, state.at + 1, state.tokens + int(batch.lengths.sum())
+        if state.step % training.check == 0 or state.step == training.steps:
             learner.eval()
             verdict = judge(learner.to("cpu"), texts, judging[:24], training.unroll)
             learner.to(device).train()
             reached = verdict["all"]["tokens_per_pass"] if verdict else 0.0
-            state["seconds"] += time.perf_counter() - begun
+            state.seconds += time.perf_counter() - begun
             hits = [good / max(n, 1) for n, good in seen]
-            row = [state["step"], state["tokens"], float(losing) / training.check, reached, state["seconds"], *hits]
+            row = [state.step, state.tokens, float(losing) / training.check, reached, state.seconds, *hits]
             _write_row(out, row)
+            right = " ".join(f"{hit:.3f}" for hit in hits)
             say(
-                f"step {state['step']}, epoch {state['epoch']}: loss {row[2]:.3f}, tokens per pass {reached:.3f}, right "
-                f"{' '.join(f'{hit:.3f}' for hit in hits)}, {state['seconds']:.0f} s"
+                f"step {state.step}, epoch {state.epoch}: loss {row[2]:.3f}, tokens per pass {reached:.3f}, "
+                f"right {right}, {state.seconds:.0f} s"
             )
-            better = reached > state["best"] + 0.002
-            state |= {"best": max(reached, state["best"]), "stale": 0 if better else state["stale"] + 1}
+            better = reached > state.best + 0.002
+            state.best, state.stale = max(reached, state.best), 0 if better else state.stale + 1
             seen, losing, begun = [[0, 0] for _ in range(training.unroll)], torch.zeros(()), time.perf_counter()
             _keep(saved, learner, optimizer, rng, state)
-            if state["stale"] >= training.patience:
+            if state.stale >= training.patience:
                 say("No progress for a while: done")
                 break
     learner.eval()
-    return float(state["best"])
+    return state.best
 
 
 def _schedule(step: int, training: Training) -> float:
@@ -327,11 +346,12 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
     return Batch(**moved, kv={layer: (k.to(device), v.to(device)) for layer, (k, v) in batch.kv.items()})
 
 
-def _keep(path: Path, learner: Learner, optimizer: Any, rng: torch.Generator, state: dict[str, Any]) -> None:
+def _keep(path: Path, learner: Learner, optimizer: Any, rng: torch.Generator, state: Progress) -> None:
     weights = {name: value for name, value in learner.state_dict().items() if "embed_tokens" not in name}
     weights = {name: value for name, value in weights.items() if not name.endswith("lm_head.weight")}
     part = path.with_suffix(".part")
-    torch.save({"learner": weights, "optimizer": optimizer.state_dict(), "rng": rng.get_state(), "state": state}, part)
+    kept = {"learner": weights, "optimizer": optimizer.state_dict(), "rng": rng.get_state(), "state": asdict(state)}
+    torch.save(kept, part)
     os.replace(part, path)
 
 
