@@ -1,4 +1,4 @@
-"""Command line: `python -m spec_decode race` and `python -m spec_decode bench`.
+"""Command line: `python -m spec_decode race`, `… bench` and `… train-drafter`.
 
 What is asked for goes to standard output, progress and errors to standard error. Exit code 2 for bad input, 1 for a
 failure, 0 otherwise.
@@ -68,6 +68,64 @@ def _bench(arguments: argparse.Namespace) -> None:
         Path(arguments.json).write_text(text + "\n", encoding="utf-8")
 
 
+def _train_drafter(arguments: argparse.Namespace) -> None:
+    _check_writable(arguments.out)
+    from .embedded import cache_dir
+    from .training.data import Writing
+    from .training.recipe import Recipe, run
+    from .training.train import Training
+
+    work = arguments.work_dir or cache_dir() / "training" / Path(arguments.target).name
+    held_out = arguments.held_out or [Path(__file__).parents[1] / "assets" / "heldout.jsonl"]
+    recipe = Recipe(
+        target=arguments.target,
+        out=arguments.out,
+        work=work,
+        tokens=arguments.tokens,
+        data=arguments.data,
+        held_out=tuple(held_out),
+        layers=tuple(arguments.layers) if arguments.layers else None,
+        intermediate=arguments.intermediate,
+        centroids=arguments.centroids,
+        chosen=arguments.chosen,
+        head=not arguments.without_head,
+        only=arguments.only,
+        device=arguments.device,
+    )
+    training = Training(
+        steps=arguments.steps,
+        texts=arguments.texts,
+        rate=arguments.rate,
+        unroll=arguments.unroll,
+        seed=arguments.seed,
+    )
+    report = run(recipe, training, Writing(slots=arguments.slots), _progress)
+    print(json.dumps(report, indent=1))
+
+
+def _add_training(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--target", default="embedded", help="embedded (default), a Hub id or a directory")
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the drafter goes")
+    command.add_argument("--work-dir", type=Path, metavar="DIR", help="texts and checkpoints; in the cache by default")
+    command.add_argument("--tokens", type=int, default=1_500_000, metavar="N", help="that the target writes")
+    command.add_argument("--data", type=Path, metavar="FILE", help='prompts to use: JSON Lines of {"prompt"}')
+    command.add_argument("--held-out", type=Path, action="append", metavar="FILE", help="prompts that must not occur")
+    command.add_argument("--only", choices=("data", "train"), help="one of the two stages")
+    command.add_argument("--layers", type=int, nargs="+", metavar="I", help="the target's layers it reads, one or two")
+    command.add_argument("--intermediate", type=int, metavar="N", help="width of its MLPs (default: as the target's)")
+    command.add_argument("--centroids", type=int, default=1024, metavar="N", help="vocabulary lists; 0 for none")
+    command.add_argument("--chosen", type=int, default=32, metavar="N", help="vocabulary lists a step looks at")
+    command.add_argument("--without-head", action="store_true", help="leave out the head, which is the target's")
+    command.add_argument("--steps", type=int, default=4000, metavar="N", help="updates")
+    command.add_argument("--texts", type=int, default=8, metavar="N", help="texts an update")
+    command.add_argument("--rate", type=float, default=1e-3, metavar="R", help="peak learning rate")
+    command.add_argument("--unroll", type=int, default=4, metavar="N", help="draft steps learnt at once")
+    command.add_argument("--slots", type=int, default=96, metavar="N", help="texts written at once")
+    command.add_argument("--device", default="cpu", help="cpu (default), cuda")
+    command.add_argument("--seed", type=int, default=0, metavar="N")
+    command.set_defaults(run=_train_drafter)
+
+
 def _settings(arguments: argparse.Namespace) -> Settings:
     return Settings(**{name: getattr(arguments, name) for name in Settings.names()})
 
@@ -122,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--peers", default="", metavar="LIST", help="comma-separated: transformers")
     bench.add_argument("--json", metavar="OUT", help="write the report as JSON")
     bench.set_defaults(run=_bench)
+    _add_training(commands.add_parser("train-drafter", help="an MTP drafter for any target, from its own texts"))
     for command in (race, bench):
         defaults = Settings()
         command.add_argument("--target", default="embedded", help="embedded (default), a Hub id or a directory")

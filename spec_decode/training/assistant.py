@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
+from transformers.models.gemma4_assistant.modeling_gemma4_assistant import Gemma4AssistantMaskedEmbedder
 
 from ..errors import UserError
 
@@ -130,6 +131,18 @@ class Learner(nn.Module):
             for name, mine in layer.named_parameters():
                 if name.endswith("proj.weight") and name in like and like[name].shape == mine.shape:
                     mine.copy_(like[name])
+
+
+@torch.no_grad()
+def with_lists(learner: Learner, order: Tensor, centroids: Tensor, chosen: int) -> None:
+    """Gives the assistant a vocabulary in lists: `order` `[V]` of tokens, list after list, `centroids` `[lists, H]`."""
+    assistant: Any = learner.assistant
+    config = assistant.config
+    config.use_ordered_embeddings, config.num_centroids = True, len(centroids)
+    config.centroid_intermediate_top_k = chosen
+    assistant.masked_embedding = Gemma4AssistantMaskedEmbedder(config)
+    assistant.masked_embedding.centroids.weight.copy_(centroids)
+    assistant.masked_embedding.token_ordering.copy_(order)
 
 
 @torch.no_grad()

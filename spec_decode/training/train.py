@@ -145,7 +145,7 @@ def losses(learner: Learner, batch: Batch, training: Training, rng: torch.Genera
             goes[row, column] = ((drafted == batch.ids[row, after]) | luck) & (place + 1 < batch.lengths[row])
             if not goes.any():
                 break
-            going = _packed(goes)
+            going = packed(goes)
         x, hidden, places, real = process.send(going)
     return total, counts
 
@@ -229,7 +229,7 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
         state = Progress(**loaded["state"])
         say(f"Going on at step {state.step}")
     texts = Texts(folders, state.shards)
-    learning, judging = _split(texts, training.validation)
+    learning, judging = aside(texts, training.validation)
     if not state.step:
         _write_row(out, None)
     learner.train()
@@ -240,7 +240,7 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
         if state.at >= len(batches):
             state.epoch, state.at = state.epoch + 1, 0
             texts = Texts(folders)
-            learning, judging = _split(texts, training.validation)
+            learning, judging = aside(texts, training.validation)
             continue
         state.shards = texts.shards
         batch = texts.batch(batches[state.at], learner.shape.layers)
@@ -288,11 +288,11 @@ def _schedule(step: int, training: Training) -> float:
     return min(1.0, (step + 1) / training.warmup, 1 - math.sqrt(1 - left) if left < 1 else 1.0)
 
 
-def _split(texts: Texts, share: float) -> tuple[list[int], list[int]]:
+def aside(texts: Texts, share: float) -> tuple[list[int], list[int]]:
     """Which texts are learnt from, and which greedy ones are not and judge instead: by the prompt's hash."""
-    aside = [int(key[:8], 16) / 2**32 < share for key in texts.keys]
-    learning = [i for i, out in enumerate(aside) if not out]
-    return learning, [i for i, out in enumerate(aside) if out and texts.temperatures[i] == 0.0]
+    kept = [int(key[:8], 16) / 2**32 < share for key in texts.keys]
+    learning = [i for i, out in enumerate(kept) if not out]
+    return learning, [i for i, out in enumerate(kept) if out and texts.temperatures[i] == 0.0]
 
 
 def _shuffled(chosen: list[int], epoch: int, seed: int) -> list[int]:
@@ -316,10 +316,10 @@ def _beginnings(batch: Batch, prompt: float, rng: torch.Generator) -> tuple[Tens
     everywhere = torch.arange(batch.ids.shape[1], device=batch.ids.device)
     luck = torch.rand(batch.ids.shape, generator=rng).to(batch.ids.device) < prompt
     inside = (everywhere >= batch.turns[:, None]) & (everywhere < batch.lengths[:, None]) & (everywhere > 0)
-    return _packed(inside & (luck | (everywhere >= batch.answers[:, None])))
+    return packed(inside & (luck | (everywhere >= batch.answers[:, None])))
 
 
-def _packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+def packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Indices `[B, m]` of what is true in each row of bool `[B, n]`, in order, and which of them are real."""
     most = max(int(chosen.sum(1).max()), 1)
     index = torch.argsort(chosen.long(), dim=1, descending=True, stable=True)[:, :most]

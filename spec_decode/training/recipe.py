@@ -1,0 +1,121 @@
+"""`train-drafter`: from a target's name to a drafter on disk, in stages that can be stopped and go on.
+
+In: names, numbers and two folders. Out: `out` with the drafter and its report; `work` with texts, checkpoints and the
+curve. Each stage looks at what is there already and adds what is missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import embedded
+from ..models import EMBEDDED, load_model, load_tokenizer
+from .assistant import Learner, Shape, save
+from .data import Texts, Writing, write
+from .lists import sort_vocabulary
+from .prompts import HeldOut, Opening, given, invented, read
+from .train import Training, aside, judge, train
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `train-drafter` was asked for. tokens: to write. data, held_out: JSON Lines of {"prompt"} to write from
+    (None lets the target invent them) and to keep out. head: whether the checkpoint holds the head, which is the
+    target's; transformers alone needs it there. only: "data", "train" or None for both."""
+
+    target: str
+    out: Path
+    work: Path
+    tokens: int = 1_500_000
+    data: Path | None = None
+    held_out: tuple[Path, ...] = ()
+    layers: tuple[int, ...] | None = None
+    intermediate: int | None = None
+    centroids: int = 1024
+    chosen: int = 32
+    head: bool = True
+    only: str | None = None
+    device: str = "cpu"
+
+
+def run(recipe: Recipe, training: Training, writing: Writing, say: Say) -> dict[str, Any]:
+    """Writes what is missing of the texts, trains, saves to `recipe.out`; returns the report saved there.
+
+    Raises:
+        ModelError: the target cannot be loaded. UserError: a file or a shape that does not fit.
+    """
+    path = str(embedded.prepare(say)) if recipe.target == EMBEDDED else recipe.target
+    place = torch.device(recipe.device)
+    tokenizer = load_tokenizer(path)
+    texts = recipe.work / "texts"
+    dtype = "float32" if place.type == "cpu" else "bfloat16"
+    model = load_model(path, place, dtype)
+    depth = model.config.get_text_config().num_hidden_layers
+    layers = recipe.layers or (round(0.68 * depth), depth - 1)
+    if recipe.only != "train":
+        held_out = HeldOut(entry["prompt"] for file in recipe.held_out for entry in read(file))
+        source = recipe.data
+
+        def openings(rng: random.Random) -> Iterator[Opening]:
+            return given(tokenizer, source, rng) if source else invented(tokenizer, rng)
+
+        write(model, tokenizer, openings, list(layers), texts, recipe.tokens, writing, held_out, training.seed, say)
+    if recipe.only == "data":
+        return {}
+    model = load_model(path, place, "float32")  # writing may have made it int8
+    intermediate = recipe.intermediate or model.config.get_text_config().intermediate_size
+    torch.manual_seed(training.seed)
+    learner = Learner(model, Shape(intermediate, tuple(layers), 0, recipe.chosen)).to(place)
+    del model
+    train(learner, [texts], recipe.work, training, say)
+    return finish(learner.to("cpu"), [texts], recipe, training, say)
+
+
+def finish(learner: Learner, folders: list[Path], recipe: Recipe, training: Training, say: Say) -> dict[str, Any]:
+    """Narrows the vocabulary, judges on texts set aside, saves the drafter and its report, draws the curve."""
+    texts = Texts(folders)
+    if recipe.centroids:
+        say("Sorting the vocabulary into lists …")
+        found = sort_vocabulary(learner, texts, recipe.centroids, recipe.chosen, training)
+        say(f"The lists that a step looks at hold {found:.1%} of the tokens it wants most")
+    _, judging = aside(texts, training.validation)
+    report = {
+        "target": recipe.target,
+        "tokens_written": sum(texts.length(i) for i in range(len(texts))),
+        "validation": judge(learner, texts, judging, training.unroll),
+    }
+    save(learner, recipe.out, recipe.head)
+    (recipe.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    draw_curve(recipe.work)
+    return report
+
+
+def draw_curve(work: Path) -> None:
+    """curve.html beside curve.csv: tokens per target pass and the share of right drafts over training tokens."""
+    import plotly.graph_objects as go  # type: ignore[import-untyped]
+
+    with (work / "curve.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    tokens = [float(row["tokens"]) for row in rows]
+    figure = go.Figure()
+    for name in [key for key in (rows[0] if rows else {}) if key.startswith("right_") and rows[-1][key]]:
+        share = [float(row[name]) for row in rows]
+        label = f"draft {name.removeprefix('right_')} right"
+        figure.add_scatter(x=tokens, y=share, name=label, yaxis="y2", line={"dash": "dot"})
+    figure.add_scatter(x=tokens, y=[float(row["tokens_per_pass"]) for row in rows], name="tokens per target pass")
+    figure.update_layout(
+        xaxis_title="training tokens",
+        yaxis_title="tokens per target pass",
+        yaxis2={"overlaying": "y", "side": "right", "range": [0, 1], "title": "share of drafts that are right"},
+    )
+    figure.write_html(work / "curve.html", include_plotlyjs="cdn")
