@@ -227,6 +227,7 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
         optimizer.load_state_dict(loaded["optimizer"])
         rng.set_state(loaded["rng"])
         state = Progress(**loaded["state"])
+        _trim_curve(out, state.step)
         say(f"Going on at step {state.step}")
     texts = Texts(folders, state.shards)
     learning, judging = aside(texts, training.validation)
@@ -359,3 +360,11 @@ def _write_row(out: Path, row: list[Any] | None) -> None:
     with (out / "curve.csv").open("a" if row else "w", newline="") as file:
         header = ["step", "tokens", "loss", "tokens_per_pass", "seconds"]
         csv.writer(file).writerow(row or [*header, *(f"right_{i}" for i in range(1, 9))])
+
+
+def _trim_curve(out: Path, step: int) -> None:
+    """Forgets what was noted after the checkpoint that a run goes on from."""
+    lines = (out / "curve.csv").read_text().splitlines(keepends=True)
+    (out / "curve.csv").write_text(
+        "".join(line for line in lines if not line[0].isdigit() or int(line.split(",")[0]) <= step)
+    )
