@@ -1,0 +1,201 @@
+"""The pairs known by name, and what can be said about loading one before anything heavy is imported.
+
+In: what a visitor typed after `--pair`, `--target` or `--quantize`. Out: names of checkpoints, precisions, or one
+sentence with the nearest real name. Knows shapes, so that memory can be estimated before a byte is fetched; imports
+neither torch nor transformers.
+
+The shapes are those of MaxText's configurations, published by Google (docs/gemma4.md has the addresses).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import SettingsError, UserError
+
+EMBEDDED = "embedded"
+PRECISIONS = ("int8", "nf4")
+ATTENTION = ("sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A Gemma 4 target and the drafter made for it.
+
+    Attributes:
+        size: of the name, in billions; E2B and E4B count what is computed with, not what is stored.
+        kind: `model_type` of the target's text model.
+        shape: of the text model, as its configuration class takes it.
+    """
+
+    name: str
+    size: int
+    kind: str
+    shape: dict[str, Any]
+    note: str
+
+    @property
+    def target(self) -> str:
+        return f"google/{self.name}-it"
+
+    @property
+    def drafter(self) -> str:
+        return f"{self.target}-assistant"
+
+
+def _shape(
+    layers: int, width: int, heads: int, kv_heads: int, mlp: int, window: int, every: int, context: int, **rest: Any
+) -> dict[str, Any]:
+    """`every`: one layer in so many has full attention."""
+    kinds = ["sliding_attention"] * (every - 1) + ["full_attention"]
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "sliding_window": window,
+        "layer_types": kinds * (layers // every),
+        "max_position_embeddings": context,
+        "final_logit_softcapping": 30.0,
+        **rest,
+    }
+
+
+_EDGE = {"hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144}
+_LARGE = {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
+GEMMA4 = (
+    Entry(
+        "gemma-4-E2B",
+        2,
+        "gemma4_text",
+        _shape(35, 1536, 8, 1, 6144, 512, 5, 131072, num_kv_shared_layers=20, use_double_wide_mlp=True, **_EDGE),
+        "half of it is per-layer embeddings, looked up and never multiplied",
+    ),
+    Entry(
+        "gemma-4-E4B",
+        4,
+        "gemma4_text",
+        _shape(42, 2560, 8, 2, 10240, 512, 6, 131072, num_kv_shared_layers=18, **_EDGE),
+        "a third of it is per-layer embeddings, looked up and never multiplied",
+    ),
+    Entry(
+        "gemma-4-12B",
+        12,
+        "gemma4_unified_text",
+        _shape(48, 3840, 16, 8, 15360, 1024, 6, 262144, num_global_key_value_heads=1, attention_k_eq_v=True),
+        "dense, no vision or audio encoder",
+    ),
+    Entry(
+        "gemma-4-26B-A4B",
+        26,
+        "gemma4_text",
+        _shape(
+            30,
+            2816,
+            16,
+            8,
+            2112,
+            1024,
+            6,
+            262144,
+            num_global_key_value_heads=2,
+            enable_moe_block=True,
+            num_experts=128,
+            top_k_experts=8,
+            moe_intermediate_size=704,
+            **_LARGE,
+        ),
+        "mixture of experts, 8 of 128; bitsandbytes leaves the experts as they are",
+    ),
+    Entry(
+        "gemma-4-31B",
+        31,
+        "gemma4_text",
+        _shape(60, 5376, 32, 16, 21504, 1024, 6, 262144, num_global_key_value_heads=4, **_LARGE),
+        "dense",
+    ),
+)
+_REAL = re.compile(r"google/gemma-4-(E2B|E4B|12B|26B-A4B|31B)(-it(-assistant)?)?", re.IGNORECASE)
+
+
+def find(name: str) -> Entry | None:
+    """The pair of this name, or of this target or drafter, whatever its case."""
+    wanted = name.lower().removeprefix("google/").removesuffix("-assistant").removesuffix("-it")
+    return next((entry for entry in GEMMA4 if entry.name.lower() == wanted), None)
+
+
+def pair(name: str) -> tuple[str, str | None]:
+    """Target and drafter of `--pair NAME`; None is the drafter that the target comes with.
+
+    Raises:
+        UserError: no such pair; the sentence names the nearest.
+    """
+    if name.lower() == EMBEDDED:
+        return EMBEDDED, None
+    entry = find(name)
+    if entry is None:
+        known = ", ".join([EMBEDDED, *(known.name for known in GEMMA4)])
+        near = _nearest(name)
+        did = f"did you mean {near.name}? " if near else ""
+        raise UserError(f"There is no pair {name!r}; {did}Known pairs: {known}.")
+    return entry.target, entry.drafter
+
+
+def suggestion(name: str) -> str | None:
+    """The nearest real name to one that looks like Gemma 4's and is not; None where there is nothing to correct."""
+    near = _nearest(name)
+    if near is None or _REAL.fullmatch(name):
+        return None
+    helper = re.search("assistant|draft|mtp", name, re.IGNORECASE)
+    return near.drafter if helper else near.target
+
+
+def _nearest(name: str) -> Entry | None:
+    if not re.search(r"gemma[-_ ]?4", name, re.IGNORECASE):
+        return None
+    rest = re.sub(r".*gemma[-_ ]?4", "", name, flags=re.IGNORECASE)
+    sizes = re.findall(r"(\d+(?:\.\d+)?)\s*b", rest, re.IGNORECASE)
+    size = float(sizes[0]) if sizes else 4.0
+    return min(GEMMA4, key=lambda entry: abs(entry.size - size))
+
+
+def quantization(text: str | None) -> dict[str, str]:
+    """`target=nf4,drafter=int8`, or a precision alone for the target → {"target": …, "drafter": …}.
+
+    Raises:
+        SettingsError: something else.
+    """
+    chosen: dict[str, str] = {}
+    for part in filter(None, (text or "").replace(" ", "").split(",")):
+        who, given, precision = part.partition("=")
+        who, precision = (who, precision) if given else ("target", who)
+        if who not in ("target", "drafter") or precision not in PRECISIONS or who in chosen:
+            raise SettingsError(
+                "quantize",
+                f"Cannot quantize {part!r}; write nf4 or int8, for one of them target=nf4 or drafter=int8, for both "
+                "target=nf4,drafter=int8.",
+            )
+        chosen[who] = precision
+    return chosen
+
+
+def attention(name: str | None) -> str | None:
+    """The implementation of attention by its transformers name; None leaves the choice to transformers.
+
+    Raises:
+        SettingsError: one that does not exist, or that reads no mask.
+    """
+    if name in (None, "", "auto"):
+        return None
+    if name in ATTENTION:
+        return name
+    if re.search("flash|paged|kernels", str(name)):
+        raise SettingsError(
+            "attention",
+            f"Attention {name!r} cannot be used: the cache's buffers are longer than the text, which takes a mask, and "
+            "flash kernels read none; choose sdpa or eager.",
+        )
+    raise SettingsError("attention", f"Unknown attention {name!r}; choose auto, sdpa or eager.")
