@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from . import embedded
+from .catalog import EMBEDDED
+from .checkpoints import load_model
 from .errors import UserError
 from .events import SPECULATIVE, Costs
 from .metrics import acceptance_rate, race_report, tokens_per_pass
-from .models import EMBEDDED, Pair, load_model
+from .models import Pair
 from .race import Race
 from .settings import Settings
 
@@ -159,9 +161,9 @@ def _transformers(pair: Pair, settings: Settings) -> Callable[[list[int]], dict[
     """Plain `model.generate` of transformers: float32 on the CPU, the pair's dtype elsewhere."""
     device = pair.target.device
     model: PreTrainedModel = pair.target.model
-    if pair.dtype == "int8":
+    if pair.plan.dtype == "int8":
         path = str(embedded.prepare()) if pair.name == EMBEDDED else pair.name
-        model = load_model(path, device, "float32")
+        model = load_model(path, device, "float32", pair.plan.target)
 
     def run(ids: list[int]) -> dict[str, Any]:
         prompt, watch = torch.tensor([ids], device=device), _FirstToken()

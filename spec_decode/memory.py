@@ -7,19 +7,23 @@ are asked for; workspace is a rule of thumb. Loads nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .cache import bucket
+from .catalog import GEMMA4, PRECISIONS, Entry
+from .errors import ModelError
 from .settings import MAX_DRAFT_LENGTH
 
 ROOM = 4096  # positions a lane is given room for
 LANES = 2
+DRAFTER = 10**9  # bytes: more than the largest Gemma 4 drafter takes in bfloat16
 GB = 1e9
 
 
@@ -36,23 +40,37 @@ class Need:
         return self.weights + self.cache + self.workspace
 
 
+@dataclass(frozen=True)
+class Part:
+    """One model of a pair and how it is to be held.
+
+    Attributes:
+        model: from `empty`.
+        precision: of its linear layers, int8 or nf4.
+        caches: it has keys and values of its own; an MTP drafter reads its target's.
+        spread: over all GPUs.
+    """
+
+    model: PreTrainedModel
+    device: torch.device
+    dtype: torch.dtype
+    precision: str | None = None
+    caches: bool = True
+    spread: bool = False
+
+    @property
+    def need(self) -> Need:
+        kept = weights(self.model, self.dtype, self.precision)
+        if not self.caches:
+            return Need(kept)
+        cache = LANES * bucket(ROOM) * cache_per_token(self.model, self.dtype)
+        return Need(kept, cache, _workspace(self.model, self.dtype))
+
+
 def empty(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration, without storage."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
-
-
-def need(model: PreTrainedModel, dtype: torch.dtype, precision: str | None = None, caches: bool = True) -> Need:
-    """What `model` takes in `dtype`, its linear layers in `precision` (int8, nf4) if one is named.
-
-    Args:
-        model: from `empty`.
-        caches: it has keys and values of its own; an MTP drafter reads its target's.
-    """
-    kept = weights(model, dtype, precision)
-    if not caches:
-        return Need(kept)
-    return Need(kept, LANES * bucket(ROOM) * cache_per_token(model, dtype), _workspace(model, dtype))
 
 
 def weights(model: PreTrainedModel, dtype: torch.dtype, precision: str | None = None) -> int:
@@ -96,12 +114,85 @@ def _workspace(model: PreTrainedModel, dtype: torch.dtype) -> int:
     return passing + masks + 6 * (MAX_DRAFT_LENGTH + 1) * config.vocab_size * 4
 
 
-def free(device: torch.device, spread: bool = False) -> int:
-    """Bytes free on `device`; with `spread`, on all GPUs together."""
-    if device.type == "cuda":
-        gpus = range(torch.cuda.device_count()) if spread else [device]
+def free(part: Part) -> int:
+    """Bytes free where a part goes."""
+    if part.device.type == "cuda":
+        gpus = range(torch.cuda.device_count()) if part.spread else [part.device]
         return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     return int(psutil.virtual_memory().available)
+
+
+def check(name: str, target: Part | None, drafter: Part | None, free: Callable[[Part], int]) -> None:
+    """Refuses what cannot fit.
+
+    Args:
+        name: of what is to be loaded.
+        target: None where it is loaded already.
+        free: bytes free where a part goes.
+
+    Raises:
+        ModelError: by how much it is too large, and what would fit instead.
+    """
+    for part in filter(None, (target, drafter)):
+        needed, there = _needed(part, target, drafter), free(part)
+        if needed <= there:
+            continue
+        where = "all GPUs together" if part.spread else part.device
+        alternative = None if target is None else _alternative(target, drafter, free)
+        raise ModelError(
+            f"{name} needs about {gigabytes(needed)} on {where} ({part.dtype}".replace("torch.", "")
+            + f", {ROOM:,} tokens a lane) and {gigabytes(there)} are free: {gigabytes(needed - there)} too few; "
+            + (f"{alternative} would fit." if alternative else "nothing of this kind would fit.")
+        )
+
+
+def _needed(part: Part, *parts: Part | None) -> int:
+    """Bytes that `parts` take where `part` goes."""
+    return sum(other.need.total for other in parts if other and other.device == part.device)
+
+
+def _fits(target: Part, drafter: Part | None, free: Callable[[Part], int]) -> bool:
+    return all(_needed(part, target, drafter) <= free(part) for part in (target, drafter) if part)
+
+
+def _alternative(target: Part, drafter: Part | None, free: Callable[[Part], int]) -> str | None:
+    """Flags that would make it fit, those that cost least first."""
+    changes: list[tuple[str, Part, Part | None]] = []
+    if target.dtype == torch.float32:
+        half = torch.bfloat16
+        changes.append(("--dtype bfloat16", replace(target, dtype=half), drafter and replace(drafter, dtype=half)))
+    aside = None
+    if drafter and drafter.device == target.device != torch.device("cpu"):
+        aside = replace(drafter, device=torch.device("cpu"))
+        changes.append(("--drafter-device cpu", target, aside))
+    if target.precision is None:
+        for precision in PRECISIONS:
+            smaller = replace(target, precision=precision)
+            changes.append((f"--quantize {precision}", smaller, drafter))
+            if aside:
+                changes.append((f"--quantize {precision} --drafter-device cpu", smaller, aside))
+    for entry in reversed(GEMMA4):
+        if entry.size < 2 * sum(weight.numel() for weight in target.model.parameters()) / 1e9:
+            other = Part(of_catalog(entry), target.device, target.dtype)
+            changes += [(f"--pair {entry.name}", other, None)]
+            changes += [
+                (f"--pair {entry.name} --quantize {name}", replace(other, precision=name), None) for name in PRECISIONS
+            ]
+    return next((flags for flags, one, two in changes if _fits(one, two, free)), None)
+
+
+def of_catalog(entry: Entry) -> PreTrainedModel:
+    """The target of a catalog entry, without storage."""
+    return empty(CONFIG_MAPPING[entry.kind](**entry.shape))
+
+
+def best_fit(entry: Entry, room: int) -> str | None:
+    """The highest precision in which a pair of the catalog fits into `room` bytes, or None."""
+    part = Part(of_catalog(entry), torch.device("meta"), torch.bfloat16)
+    for precision in (None, *PRECISIONS):
+        if replace(part, precision=precision).need.total + DRAFTER <= room:
+            return precision or "bfloat16"
+    return None
 
 
 def gigabytes(size: float) -> str:

@@ -1,7 +1,7 @@
 """Loading: names go in, a `Pair` ready to race comes out.
 
-In: a target and a drafter by name ("embedded", "lookup", a Hub id, a local directory), a device, a dtype. Out: a
-`Pair` with its measured costs, or a `ModelError` of one sentence. safetensors only, no remote code.
+In: a target and a drafter by name ("embedded", "lookup", a Hub id, a local directory), where they are to go and in
+what precision. Out: a `Pair` with its measured costs, or a `ModelError` of one sentence.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -17,14 +18,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-from . import cpu, embedded
+from . import catalog, cpu, embedded, memory
+from .catalog import EMBEDDED
+from .checkpoints import DTYPES, How, is_assistant, load_assistant, load_model, load_tokenizer, read_config
 from .drafters import Drafter
 from .drafters.lookup import LookupDrafter
 from .drafters.model import ModelDrafter, check_same_vocabulary
-from .drafters.mtp import MODEL_TYPES, MTPDrafter
+from .drafters.mtp import MTPDrafter
 from .errors import ModelError
 from .events import Costs
 from .settings import MAX_DRAFT_LENGTH, Settings
@@ -32,35 +33,45 @@ from .target import Target
 
 Say = Callable[[str], None]
 
-EMBEDDED = "embedded"
 LOOKUP = "lookup"
 MTP = "mtp"
 SHIPPED = Path(__file__).parents[1] / "assets" / "drafter"
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.float32,  # loaded so, then quantized: see cpu
-}
 _MEASURED = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Where the two models of a pair go, and how."""
+
+    device: torch.device
+    drafter_device: torch.device
+    dtype: str
+    target: How
+    drafter: How
+
+    def __str__(self) -> str:
+        chosen = {"target": self.target.precision, "drafter": self.drafter.precision}
+        held = ", ".join(f"{who} {precision}" for who, precision in chosen.items() if precision)
+        return f"{self.dtype} ({held})" if held else self.dtype
+
+
 class Pair:
-    """A target, its tokenizer and a drafter on one device, with the costs measured there.
+    """A target, its tokenizer and a drafter, with the costs measured where they are.
 
     Attributes:
         info: {"target", "drafter", "device", "dtype"}, as names.
         context: positions there is room for, in tokens.
         costs: of a target pass and of a draft step; measured when the pair is loaded.
+        draft_length: what the drafter's own generation config advises, or None.
         machine: what it runs on.
     """
 
-    def __init__(self, target: Target, tokenizer: Any, drafter: Drafter, name: str, dtype: str) -> None:
+    def __init__(self, target: Target, tokenizer: Any, drafter: Drafter, name: str, plan: Plan) -> None:
         self.target = target
         self.tokenizer = tokenizer
         self.drafter = drafter
         self.name = name
-        self.dtype = dtype
+        self.plan = plan
         self.context = target.context
         self.costs: Costs | None = None
 
@@ -74,16 +85,24 @@ class Pair:
             "target": embedded.NAME if self.name == EMBEDDED else self.name,
             "drafter": self.drafter.name,
             "device": str(self.target.device),
-            "dtype": self.dtype,
+            "dtype": str(self.plan),
         }
+
+    @property
+    def draft_length(self) -> int | None:
+        model = getattr(self.drafter, "model", None)
+        advice = getattr(getattr(model, "generation_config", None), "num_assistant_tokens", None)
+        return advice if isinstance(self.drafter, MTPDrafter) else None
 
     def use_drafter(self, name: str | None) -> None:
         """Changes the drafter and measures anew; the target stays loaded.
 
         Raises:
-            ModelError: there is no such drafter, or it does not fit the target.
+            ModelError: there is no such drafter, or it does not fit the target or the memory.
         """
-        self.drafter = _load_drafter(name, self.target, self.tokenizer, self.dtype)
+        source = _drafter_source(name, self.name, self.target.config)
+        _check_memory(self.plan, self.name, None, source)
+        self.drafter = _load_drafter(source, self.target, self.tokenizer, self.plan)
         self.costs = measure_costs(self.target, self.drafter)
 
 
@@ -93,94 +112,77 @@ def load_pair(
     device: str = "auto",
     dtype: str = "auto",
     progress: Say | None = None,
+    *,
+    quantize: str | None = None,
+    drafter_device: str | None = None,
+    device_map: str | None = None,
+    attention: str | None = None,
+    target_revision: str | None = None,
+    drafter_revision: str | None = None,
 ) -> Pair:
     """Loads a pair and measures its costs.
 
     Args:
         target: "embedded", a Hub id, or a local directory.
-        drafter: "lookup" (also what None means), a Hub id, or a local directory of a causal model.
+        drafter: None for the target's own (lookup, where there is none), "lookup", "mtp", a Hub id, or a local
+            directory of a Gemma 4 assistant or of a causal model.
         device: "auto" (CUDA, then MPS, then CPU), or a torch device.
-        dtype: "auto" (bfloat16 on CUDA, float16 on MPS; on the CPU int8 for the embedded target, else float32), "int8"
-            (CPU), "float32", "float16" or "bfloat16".
+        dtype: "auto" (bfloat16 on CUDA, float16 on MPS and on GPUs without bfloat16; on the CPU int8 for the embedded
+            target, else float32), "int8" (CPU), "float32", "float16" or "bfloat16".
         progress: hears what is being done, a short line at a time.
+        quantize: linear layers through bitsandbytes, as `catalog.quantization` reads it.
+        drafter_device: another device for the drafter.
+        device_map: "auto" spreads the target over all GPUs.
+        attention: "sdpa" or "eager"; None leaves it to transformers.
+        target_revision, drafter_revision: a branch, tag or commit.
 
     Raises:
         ModelError: a name, device or dtype that does not exist or fit; no network; no memory.
+        SettingsError: a `quantize` or `attention` that cannot be used.
     """
     say = progress or (lambda line: None)
+    precisions, kernels = catalog.quantization(quantize), catalog.attention(attention)
     place = _device(device)
-    if dtype == "auto":
-        fast = cpu.supported() and target == EMBEDDED
-        dtype = {"cuda": "bfloat16", "mps": "float16"}.get(place.type, "int8" if fast else "float32")
-    if dtype not in DTYPES:
-        raise ModelError(f"Unknown dtype {dtype!r}; choose one of auto, {', '.join(DTYPES)}.")
-    if dtype == "int8" and (place.type != "cpu" or not cpu.supported()):
-        raise ModelError("int8 runs on x86 processors only; choose float32 or bfloat16 here.")
+    plan = Plan(
+        place,
+        place if drafter_device in (None, "") else _device(str(drafter_device)),
+        _dtype(dtype, place, target),
+        How(precisions.get("target"), device_map == "auto", kernels, target_revision),
+        How(precisions.get("drafter"), False, kernels, drafter_revision),
+    )
+    if device_map not in (None, "", "auto"):
+        raise ModelError(f"Unknown device map {device_map!r}; the only one is auto.")
+    if plan.dtype == "int8" and (precisions or device_map):
+        raise ModelError("The dtype int8 is a quantization of its own; choose float32 or bfloat16 with --quantize.")
+    if precisions and "cpu" in (plan.device.type, plan.drafter_device.type):
+        say("bitsandbytes works on the CPU, but slowly: expect a fraction of the speed of float32")
     path = str(embedded.prepare(say)) if target == EMBEDDED else target
-    say(f"Loading {embedded.NAME if target == EMBEDDED else target} …")
-    tokenizer = load_tokenizer(path)
-    lead = Target(load_model(path, place, dtype))
-    say("Loading the drafter …")
-    helper = _load_drafter(drafter, lead, tokenizer, dtype)
-    pair = Pair(lead, tokenizer, helper, target, dtype)
-    say("Measuring the costs of a target pass …")
+    name = embedded.NAME if target == EMBEDDED else target
+    config = read_config(path, target_revision)
+    source = _drafter_source(drafter, target, config.get_text_config(decoder=True))
+    if target != EMBEDDED:
+        _check_memory(plan, name, config, source)
+    say(f"Loading {name} …")
+    tokenizer = load_tokenizer(path, target_revision)
     try:
+        lead = Target(load_model(path, place, plan.dtype, plan.target))
+        say("Loading the drafter …")
+        helper = _load_drafter(source, lead, tokenizer, plan)
+        pair = Pair(lead, tokenizer, helper, target, plan)
+        if pair.draft_length:
+            say(f"The drafter comes with a draft length of {pair.draft_length}")
+        say("Measuring the costs of a target pass …")
         if place.type == "cpu":
             choose_threads(lead)
         pair.costs = measure_costs(lead, helper)
     except ValueError as error:  # a cache that cannot roll back
         raise ModelError(f"{target} cannot be raced: {error}.") from error
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{name} ran out of memory while it was loaded; quantize it, or choose a smaller one."
+        ) from error
     say("Ready")
     return pair
-
-
-def load_model(path: str, device: torch.device, dtype: str) -> PreTrainedModel:
-    """A causal model from a Hub id or directory, on `device`, in a dtype of `DTYPES`.
-
-    Raises:
-        ModelError: it cannot be found, fetched, read or fitted.
-    """
-    transformers_logging.disable_progress_bar()
-    with _OneSentence(path):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True)
-        model = cpu.quantize(model.eval()) if dtype == "int8" else model.to(device)
-    return model.eval().requires_grad_(False)
-
-
-def load_assistant(path: str, device: torch.device, dtype: str) -> PreTrainedModel:
-    """A Gemma 4 assistant, with or without its head (see `MTPDrafter`), in a dtype of `DTYPES`.
-
-    Raises:
-        ModelError: it cannot be found, fetched, read or fitted.
-    """
-    transformers_logging.disable_progress_bar()
-    loud = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a head that is left out is the target's
-    try:
-        with _OneSentence(path):
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True)
-    finally:
-        transformers_logging.set_verbosity(loud)
-    if dtype == "int8":
-        cpu.quantize_linears(model.model)
-        for name in ("pre_projection", "post_projection"):
-            setattr(model, name, cpu.Int8Linear(getattr(model, name).weight))
-    return model.to(device).eval().requires_grad_(False)
-
-
-def _is_assistant(path: str) -> bool:
-    with _OneSentence(path):
-        return AutoConfig.from_pretrained(path).model_type in MODEL_TYPES
-
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a Hub id or directory.
-
-    Raises:
-        ModelError: it cannot be found, fetched or read.
-    """
-    with _OneSentence(path):
-        return AutoTokenizer.from_pretrained(path)
 
 
 def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats: int = 3) -> Costs:
@@ -263,20 +265,72 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def _load_drafter(name: str | None, target: Target, tokenizer: Any, dtype: str) -> Drafter:
-    if name in (None, "", LOOKUP):
-        return LookupDrafter(target.device)
-    assert name is not None
+def _drafter_source(name: str | None, target: str, config: Any) -> str | None:
+    """Path or Hub id of the drafter called `name` beside a target with text configuration `config`; None is lookup.
+
+    Raises:
+        ModelError: `name` is "mtp" and the target has none.
+    """
+    if name == LOOKUP:
+        return None
+    if name == EMBEDDED:
+        return str(embedded.prepare())
+    known = catalog.find(target)
+    if not name:
+        return known.drafter if known else None
     if name == MTP:
-        if target.config.vocab_size != 49152 or target.config.hidden_size != 576:
+        if known:
+            return known.drafter
+        if config.vocab_size != 49152 or config.hidden_size != 576:
             raise ModelError("This target has no MTP drafter here; train one (train-drafter), or choose lookup.")
-        return MTPDrafter(load_assistant(str(SHIPPED), target.device, dtype), target)
-    path = str(embedded.prepare()) if name == EMBEDDED else name
-    if _is_assistant(path):
-        return MTPDrafter(load_assistant(path, target.device, dtype), target, Path(name).name)
-    check_same_vocabulary(tokenizer, load_tokenizer(path))
-    model = Target(load_model(path, target.device, dtype))
-    return ModelDrafter(model, embedded.NAME if name == EMBEDDED else name, target.vocabulary)
+        return str(SHIPPED)
+    return name
+
+
+def _load_drafter(source: str | None, target: Target, tokenizer: Any, plan: Plan) -> Drafter:
+    if source is None:
+        return LookupDrafter(target.device)
+    place, how = plan.drafter_device, plan.drafter
+    config = read_config(source, how.revision)
+    if is_assistant(config):
+        if place != plan.device and getattr(config, "shares_target_head", False):
+            raise ModelError("This drafter uses the target's head, so it must be on the target's device.")
+        name = MTP if source == str(SHIPPED) else Path(source).name
+        return MTPDrafter(load_assistant(source, place, plan.dtype, how), target, name)
+    check_same_vocabulary(tokenizer, load_tokenizer(source, how.revision))
+    model = Target(load_model(source, place, plan.dtype, how))
+    name = embedded.NAME if source == str(embedded.cache_dir() / embedded.NAME) else source
+    return ModelDrafter(model, name, target.vocabulary, target.device)
+
+
+def _check_memory(plan: Plan, name: str, config: Any, source: str | None) -> None:
+    """Refuses a pair that cannot fit; `config` is None for a target that is loaded already.
+
+    Raises:
+        ModelError: by how much it is too large, and what would fit instead.
+    """
+    target = drafter = None
+    dtype = DTYPES[plan.dtype]
+    if config is not None:
+        target = memory.Part(memory.empty(config), plan.device, dtype, plan.target.precision, spread=plan.target.spread)
+    if source is not None:
+        helper = read_config(source, plan.drafter.revision)
+        drafter = memory.Part(
+            memory.empty(helper), plan.drafter_device, dtype, plan.drafter.precision, not is_assistant(helper)
+        )
+    memory.check(name, target, drafter, memory.free)
+
+
+def _dtype(name: str, device: torch.device, target: str) -> str:
+    if name == "auto":
+        if device.type == "cpu":
+            return "int8" if cpu.supported() and target == EMBEDDED else "float32"
+        return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
+    if name not in DTYPES:
+        raise ModelError(f"Unknown dtype {name!r}; choose one of auto, {', '.join(DTYPES)}.")
+    if name == "int8" and (device.type != "cpu" or not cpu.supported()):
+        raise ModelError("int8 runs on x86 processors only; choose float32 or bfloat16 here.")
+    return name
 
 
 def _device(name: str) -> torch.device:
@@ -292,49 +346,6 @@ def _device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ModelError("Apple's MPS is not available here; choose --device cpu.")
     return device
-
-
-class _OneSentence:
-    """Turns what transformers and the Hub raise while loading `name` into a `ModelError` that says what to do."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or not isinstance(error, Exception) or isinstance(error, ModelError):
-            return
-        raise ModelError(self._sentence(error)) from error
-
-    def _sentence(self, error: Exception) -> str:
-        chain: list[BaseException] = [error]
-        while chain[-1].__cause__ or chain[-1].__context__:
-            chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
-        kinds = {type(link).__name__ for link in chain}
-        name = self.name
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            return f"{name} does not fit into memory; choose a smaller model or dtype."
-        if "GatedRepoError" in kinds:
-            return f"{name} is gated: accept its licence on its Hub page and log in with `hf auth login`."
-        if "RepositoryNotFoundError" in kinds or "HFValidationError" in kinds:
-            return f"There is no model {name!r} on the Hub or on this disk (a private one needs `hf auth login`)."
-        if (
-            "OfflineModeIsEnabled" in kinds
-            or "LocalEntryNotFoundError" in kinds
-            or kinds & {"ConnectionError", "ConnectError"}
-        ):
-            return (
-                f"{name} is not on this disk and the Hugging Face Hub cannot be reached; check the network or the path."
-            )
-        if Path(name).is_dir():
-            return f"{name} is not a usable safetensors checkpoint of a causal language model: {_first_line(error)}"
-        return f"{name} could not be loaded: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _between(known: dict[int, float], x: int) -> float:

@@ -20,8 +20,10 @@ class ModelDrafter:
 
     needs_hidden = False
 
-    def __init__(self, model: Target, name: str, vocabulary: int) -> None:
+    def __init__(self, model: Target, name: str, vocabulary: int, device: torch.device | None = None) -> None:
+        """`device`: of the target, where drafts go."""
         self.model = model
+        self.device = device
         self.name = name
         self.vocabulary = vocabulary
 
@@ -46,7 +48,7 @@ class ModelDrafter:
                 logits = torch.nn.functional.pad(logits, (0, self.vocabulary - logits.shape[1]), value=-torch.inf)
             drawn.append(draw(logits, torch.full((1,), len(self.tokens) + i, device=logits.device), self.settings))
             feed = drawn[-1][0]
-        return joined(drawn)
+        return joined(drawn, self.device)
 
     def close(self) -> None:
         self.cache.free()

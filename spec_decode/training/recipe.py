@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from .. import embedded
-from ..models import EMBEDDED, load_model, load_tokenizer
+from ..catalog import EMBEDDED
+from ..checkpoints import load_model, load_tokenizer
 from .assistant import Learner, Shape, save
 from .data import Texts, Writing, write
 from .lists import sort_vocabulary

@@ -1,0 +1,220 @@
+"""Checkpoints: a Hub id or a local directory goes in; a configuration, a tokenizer or a model on its device comes out.
+
+safetensors only, no remote code, and no request but for the repository that was named. Whatever transformers and the
+Hub raise becomes a `ModelError` of one sentence. Knows nothing of pairs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from . import catalog, cpu
+from .drafters.mtp import MODEL_TYPES
+from .errors import ModelError
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.float32,  # loaded so, then quantized: see cpu
+}
+_TOWERS = ("gemma4", "gemma4_unified")  # their checkpoints hold vision and audio too, which are left on the disk
+
+
+@dataclass(frozen=True)
+class How:
+    """Besides device and dtype.
+
+    Attributes:
+        precision: of linear layers through bitsandbytes, a name of `catalog.PRECISIONS`.
+        spread: over all GPUs, through accelerate.
+        attention: a name of `catalog.ATTENTION`.
+        revision: a branch, tag or commit of the repository.
+    """
+
+    precision: str | None = None
+    spread: bool = False
+    attention: str | None = None
+    revision: str | None = None
+
+
+def read_config(path: str, revision: str | None = None) -> Any:
+    """The configuration of what `load_model` would load: of a multimodal Gemma 4, its text model's.
+
+    Raises:
+        ModelError: it cannot be found, fetched or read.
+    """
+    with _OneSentence(path, revision):
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    if config.model_type not in _TOWERS:
+        return config
+    text = config.get_text_config(decoder=True)
+    if hasattr(config, "quantization_config"):
+        text.quantization_config = config.quantization_config
+    return text
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """The tokenizer of a Hub id or directory.
+
+    Raises:
+        ModelError: it cannot be found, fetched or read.
+    """
+    with _OneSentence(path, revision):
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+
+
+def load_model(path: str, device: torch.device, dtype: str, how: How | None = None) -> PreTrainedModel:
+    """A causal model from a Hub id or directory, on `device`, in a dtype of `DTYPES`.
+
+    Raises:
+        ModelError: it cannot be found, fetched, read or fitted.
+    """
+    model = _from_pretrained(path, device, dtype, how or How())
+    with _OneSentence(path):
+        return (cpu.quantize(model) if dtype == "int8" else model).eval().requires_grad_(False)
+
+
+def load_assistant(path: str, device: torch.device, dtype: str, how: How | None = None) -> PreTrainedModel:
+    """A Gemma 4 assistant, with or without its head (see `MTPDrafter`), in a dtype of `DTYPES`.
+
+    Raises:
+        ModelError: it cannot be found, fetched, read or fitted.
+    """
+    model = _from_pretrained(path, device, dtype, how or How())
+    if dtype == "int8":
+        cpu.quantize_linears(model.model)
+        for name in ("pre_projection", "post_projection"):
+            setattr(model, name, cpu.Int8Linear(getattr(model, name).weight))
+    return model.eval().requires_grad_(False)
+
+
+def is_assistant(config: Any) -> bool:
+    """Whether this is the configuration of a Gemma 4 assistant."""
+    return config.model_type in MODEL_TYPES
+
+
+def _from_pretrained(path: str, device: torch.device, dtype: str, how: How) -> PreTrainedModel:
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # it would ask another repository to convert this one
+    config = read_config(path, how.revision)
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": DTYPES[dtype],
+        "revision": how.revision,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "key_mapping": {r"^model\.language_model\.": "model."} if config.model_type.startswith("gemma4") else None,
+    }
+    if how.attention:
+        options["attn_implementation"] = how.attention
+    if how.precision:
+        options["quantization_config"] = _bitsandbytes(how.precision, DTYPES[dtype], device)
+    if how.spread:
+        options["device_map"] = "auto"
+    elif how.precision or device.type == "cuda":
+        options["device_map"] = {"": device}
+    with _quiet(), _OneSentence(path, how.revision):
+        model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    # transformers would fill a gap with random numbers; only a head that is the target's may be left out.
+    missing = {name for name in found["missing_keys"] if not getattr(config, "shares_target_head", False)}
+    if missing:
+        raise ModelError(
+            f"{path} is not a complete checkpoint of {type(model).__name__}: {len(missing)} weights are missing, "
+            f"{min(missing)} for one."
+        )
+    elsewhere = set(map(str, getattr(model, "hf_device_map", {}).values())) & {"cpu", "disk"}
+    if how.spread and device.type == "cuda" and elsewhere:
+        raise ModelError(
+            f"{path} does not fit on the GPUs of this machine together; quantize it, or choose a smaller one."
+        )
+    return model if "device_map" in options else model.to(device)
+
+
+def _bitsandbytes(precision: str, dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("Quantizing takes bitsandbytes, which is not installed; run `pip install bitsandbytes`.")
+    if device.type == "mps":
+        raise ModelError("bitsandbytes cannot quantize on Apple's MPS; leave --quantize out, or choose --device cpu.")
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no report of weights that are left on the disk on purpose."""
+    transformers_logging.disable_progress_bar()
+    loud = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(loud)
+
+
+class _OneSentence:
+    """Turns what transformers and the Hub raise while loading `name` into a `ModelError` that says what to do."""
+
+    def __init__(self, name: str, revision: str | None = None) -> None:
+        self.name = name
+        self.revision = revision
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or not isinstance(error, Exception) or isinstance(error, ModelError):
+            return
+        raise ModelError(self._sentence(error)) from error
+
+    def _sentence(self, error: Exception) -> str:
+        chain: list[BaseException] = [error]
+        while chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
+        kinds = {type(link).__name__ for link in chain}
+        status = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
+        name = self.name
+        near = catalog.suggestion(name)
+        instead = f"; the nearest real name is {near}" if near else ""
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            return f"{name} does not fit into memory; quantize it, or choose a smaller model or dtype."
+        if "GatedRepoError" in kinds:
+            return f"{name} is gated: accept its licence on its Hub page and log in with `hf auth login`."
+        if "RevisionNotFoundError" in kinds:
+            return f"{name} has no revision {self.revision!r}; name a branch, a tag or a commit of it."
+        if Path(name).is_dir():
+            return f"{name} is not a usable safetensors checkpoint of a causal language model: {_first_line(error)}"
+        if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
+            private = " (a private one needs `hf auth login`)"
+            return f"There is no model {name!r} on the Hub or on this disk{instead or private}."
+        if 401 in status:
+            return f"The Hub does not accept your token, so {name} cannot be read; log in anew with `hf auth login`."
+        if kinds & {
+            "OfflineModeIsEnabled",
+            "LocalEntryNotFoundError",
+            "ConnectionError",
+            "ConnectError",
+            "ConnectTimeout",
+        }:
+            pinned = f" at revision {self.revision}" if self.revision else ""
+            return (
+                f"{name}{pinned} is not on this disk and the Hugging Face Hub cannot be reached; check the network or "
+                f"the path{instead}."
+            )
+        return f"{name} could not be loaded: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
