@@ -1,4 +1,4 @@
-"""Command line: `python -m spec_decode race`, `… bench` and `… train-drafter`.
+"""Command line: `python -m spec_decode race`, `… bench`, `… models` and `… train-drafter`.
 
 What is asked for goes to standard output, progress and errors to standard error. Exit code 2 for bad input, 1 for a
 failure, 0 otherwise.
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import flags
 from .errors import ModelError, OutOfMemory, UserError
 from .settings import RULES, Settings
 
@@ -30,14 +31,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _race(arguments: argparse.Namespace) -> None:
-    settings = _settings(arguments)
+    settings, choice = _settings(arguments), flags.read(arguments)
     _check_writable(arguments.trace)
     from .metrics import race_report
     from .models import load_pair
     from .race import Race
 
-    pair = load_pair(arguments.target, arguments.drafter, arguments.device, arguments.dtype, _progress)
-    race = Race(pair, arguments.prompt, settings, arguments.system, arguments.truncate)
+    pair = load_pair(**choice, progress=_progress)
+    race = Race(pair, arguments.prompt, settings, arguments.system, arguments.truncate, arguments.thinking)
     for _ in race:
         pass
     trace = race.trace
@@ -48,13 +49,13 @@ def _race(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    settings = _settings(arguments)
+    settings, choice = _settings(arguments), flags.read(arguments)
     _check_writable(arguments.json)
     from .bench import bench, read_prompts, summarize, table
     from .models import load_pair
 
     prompts = read_prompts(arguments.prompts)
-    pair = load_pair(arguments.target, arguments.drafter, arguments.device, arguments.dtype, _progress)
+    pair = load_pair(**choice, progress=_progress)
     rows: list[dict[str, Any]] = []
     for row in bench(pair, prompts, settings, [p for p in arguments.peers.split(",") if p]):
         rows.append(row)
@@ -101,6 +102,18 @@ def _train_drafter(arguments: argparse.Namespace) -> None:
     )
     report = run(recipe, training, Writing(slots=arguments.slots), _progress)
     print(json.dumps(report, indent=1))
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    try:
+        room = None if arguments.memory is None else float(arguments.memory)
+    except ValueError as error:
+        raise UserError(f"--memory takes a number of gigabytes, not {arguments.memory!r}.") from error
+    from .listing import listing, table
+    from .models import find_device
+
+    rows = listing(find_device("auto"), room)
+    print(json.dumps(rows, indent=1) if arguments.json else table(rows))
 
 
 def _add_training(command: argparse.ArgumentParser) -> None:
@@ -180,13 +193,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--peers", default="", metavar="LIST", help="comma-separated: transformers")
     bench.add_argument("--json", metavar="OUT", help="write the report as JSON")
     bench.set_defaults(run=_bench)
+    listing = commands.add_parser("models", help="the pairs known by name, and which of them fit")
+    listing.add_argument("--memory", metavar="GB", help="of the card to fit (default: what is free on this machine)")
+    listing.add_argument("--json", action="store_true", help="print one JSON array")
+    listing.set_defaults(run=_models)
     _add_training(commands.add_parser("train-drafter", help="an MTP drafter for any target, from its own texts"))
     for command in (race, bench):
         defaults = Settings()
-        command.add_argument("--target", default="embedded", help="embedded (default), a Hub id or a directory")
-        command.add_argument("--drafter", default=None, help="lookup (default), a Hub id or a directory")
-        command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
-        command.add_argument("--dtype", default="auto", help="auto (default), int8 (CPU), float32, float16, bfloat16")
+        flags.add(command)
         command.add_argument(
             "--draft-length", default="adaptive", metavar="N", help="1…16, adaptive (default), threshold"
         )

@@ -9,13 +9,20 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from . import catalog, cpu
@@ -102,6 +109,14 @@ def load_assistant(path: str, device: torch.device, dtype: str, how: How | None 
 def is_assistant(config: Any) -> bool:
     """Whether this is the configuration of a Gemma 4 assistant."""
     return config.model_type in MODEL_TYPES
+
+
+def advised_length(path: str) -> int | None:
+    """The draft length in the generation config of an assistant, if that is on this disk; asks nobody."""
+    with suppress(OSError, ValueError):
+        advice = GenerationConfig.from_pretrained(path, local_files_only=True).num_assistant_tokens
+        return advice if isinstance(advice, int) else None
+    return None
 
 
 def _from_pretrained(path: str, device: torch.device, dtype: str, how: How) -> PreTrainedModel:

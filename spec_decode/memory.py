@@ -116,8 +116,13 @@ def _workspace(model: PreTrainedModel, dtype: torch.dtype) -> int:
 
 def free(part: Part) -> int:
     """Bytes free where a part goes."""
-    if part.device.type == "cuda":
-        gpus = range(torch.cuda.device_count()) if part.spread else [part.device]
+    return free_on(part.device, part.spread)
+
+
+def free_on(device: torch.device, spread: bool = False) -> int:
+    """Bytes free on `device`; with `spread`, on all GPUs together."""
+    if device.type == "cuda":
+        gpus = range(torch.cuda.device_count()) if spread else [device]
         return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     return int(psutil.virtual_memory().available)
 

@@ -21,7 +21,15 @@ import transformers
 
 from . import catalog, cpu, embedded, memory
 from .catalog import EMBEDDED
-from .checkpoints import DTYPES, How, is_assistant, load_assistant, load_model, load_tokenizer, read_config
+from .checkpoints import (
+    DTYPES,
+    How,
+    is_assistant,
+    load_assistant,
+    load_model,
+    load_tokenizer,
+    read_config,
+)
 from .drafters import Drafter
 from .drafters.lookup import LookupDrafter
 from .drafters.model import ModelDrafter, check_same_vocabulary
@@ -142,10 +150,10 @@ def load_pair(
     """
     say = progress or (lambda line: None)
     precisions, kernels = catalog.quantization(quantize), catalog.attention(attention)
-    place = _device(device)
+    place = find_device(device)
     plan = Plan(
         place,
-        place if drafter_device in (None, "") else _device(str(drafter_device)),
+        place if drafter_device in (None, "") else find_device(str(drafter_device)),
         _dtype(dtype, place, target),
         How(precisions.get("target"), device_map == "auto", kernels, target_revision),
         How(precisions.get("drafter"), False, kernels, drafter_revision),
@@ -333,7 +341,12 @@ def _dtype(name: str, device: torch.device, target: str) -> str:
     return name
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device called `name`; auto is CUDA, then MPS, then the CPU.
+
+    Raises:
+        ModelError: it does not exist.
+    """
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")

@@ -30,18 +30,26 @@ class Race:
 
     Args:
         truncate: cut a prompt that is too long, keeping its beginning, instead of refusing it.
+        thinking: let the target think first.
 
     Raises:
+        UserError: `thinking` is asked of a target whose chat template has no switch for it.
         PromptError: the prompt is empty, or longer than the context leaves room for beside `max_new_tokens`.
     """
 
     def __init__(
-        self, pair: Pair, prompt: str, settings: Settings, system: str | None = None, truncate: bool = False
+        self,
+        pair: Pair,
+        prompt: str,
+        settings: Settings,
+        system: str | None = None,
+        truncate: bool = False,
+        thinking: bool = False,
     ) -> None:
         self.pair = pair
         self.prompt = prompt
         self.settings = settings
-        self.ids = _fit(pair, prompt, settings, system, truncate)
+        self.ids = _fit(pair, prompt, settings, system, truncate, thinking)
         self.rounds: list[Round] = []
         self.finish: dict[str, str] = {BASELINE: "running", SPECULATIVE: "running"}
         self._stopped = threading.Event()
@@ -120,10 +128,10 @@ class Race:
         return sum(len(r.emitted) for r in self.rounds if r.lane == lane)
 
 
-def _fit(pair: Pair, prompt: str, settings: Settings, system: str | None, truncate: bool) -> list[int]:
+def _fit(pair: Pair, prompt: str, settings: Settings, system: str | None, truncate: bool, thinking: bool) -> list[int]:
     if not prompt.strip():
         raise PromptError("The prompt is empty; type something for the model to answer.")
-    ids = encode_chat(pair.tokenizer, prompt, system)
+    ids = encode_chat(pair.tokenizer, prompt, system, thinking)
     limit = pair.context - settings.max_new_tokens
     if len(ids) <= limit:
         return ids
@@ -138,7 +146,7 @@ def _fit(pair: Pair, prompt: str, settings: Settings, system: str | None, trunca
     keep = len(words) - (len(ids) - limit)
     while keep > 0:
         # Cutting the text rather than the ids keeps the template's closing turn in place.
-        cut = encode_chat(pair.tokenizer, pair.tokenizer.decode(words[:keep]), system)
+        cut = encode_chat(pair.tokenizer, pair.tokenizer.decode(words[:keep]), system, thinking)
         if len(cut) <= limit:
             return cut
         keep -= max(1, len(cut) - limit)

@@ -8,17 +8,38 @@ from __future__ import annotations
 
 from typing import Any
 
+from .errors import UserError
+
 _INCOMPLETE = "�"
 
 
-def encode_chat(tokenizer: Any, prompt: str, system: str | None = None) -> list[int]:
-    """Token ids of a user turn under the tokenizer's chat template, or of the bare prompt where it has none."""
+def encode_chat(tokenizer: Any, prompt: str, system: str | None = None, thinking: bool = False) -> list[int]:
+    """Token ids of a user turn under the tokenizer's chat template, or of the bare prompt where it has none.
+
+    Raises:
+        UserError: `thinking` is asked of a template that has no switch for it.
+    """
+    if thinking:
+        require_thinking(tokenizer)
     if not getattr(tokenizer, "chat_template", None):
         return list(tokenizer(f"{system}\n\n{prompt}" if system else prompt)["input_ids"])
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": prompt})
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    # Said either way where there is a switch: some templates think unless they are told not to.
+    switch = {"enable_thinking": thinking} if can_think(tokenizer) else {}
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **switch)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def can_think(tokenizer: Any) -> bool:
+    """Whether the chat template has a switch for thinking."""
+    return "enable_thinking" in str(getattr(tokenizer, "chat_template", None))
+
+
+def require_thinking(tokenizer: Any) -> None:
+    """Raises UserError where the chat template has no switch for thinking."""
+    if not can_think(tokenizer):
+        raise UserError("The chat template of this target has no thinking mode; leave --thinking out.")
 
 
 class TextStream:

@@ -1,0 +1,62 @@
+"""The flags that name a pair and say how to hold it, the same for `app.py` and for the commands that race.
+
+In: an argument parser, then what it read. Out: the arguments of `models.load_pair`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from . import catalog
+from .errors import UserError
+
+_SAME_NAME = (
+    "device",
+    "dtype",
+    "quantize",
+    "drafter_device",
+    "device_map",
+    "attention",
+    "target_revision",
+    "drafter_revision",
+)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags to a parser."""
+    pairs = ", ".join([catalog.EMBEDDED, *(entry.name for entry in catalog.GEMMA4)])
+    parser.add_argument("--pair", metavar="NAME", help=f"target and drafter by one name: {pairs}")
+    parser.add_argument("--target", metavar="ID", help="embedded (default), a Hub id or a directory")
+    parser.add_argument(
+        "--drafter", metavar="ID", help="lookup, mtp, a Hub id or a directory (default: the pair's own)"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    parser.add_argument("--dtype", default="auto", help="auto (default), int8 (CPU), float32, float16 or bfloat16")
+    parser.add_argument(
+        "--quantize", metavar="HOW", help="with bitsandbytes: int8, nf4 (the target), or target=nf4,drafter=int8"
+    )
+    parser.add_argument("--drafter-device", metavar="DEVICE", help="another device for the drafter, such as cpu")
+    parser.add_argument("--device-map", choices=("auto",), help="auto spreads the target over all GPUs")
+    parser.add_argument("--attention", metavar="NAME", help="sdpa or eager (default: what transformers chooses)")
+    parser.add_argument("--target-revision", metavar="REV", help="branch, tag or commit of the target")
+    parser.add_argument("--drafter-revision", metavar="REV", help="branch, tag or commit of the drafter")
+    parser.add_argument("--thinking", action="store_true", help="let the target think first, if its template can")
+
+
+def read(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `models.load_pair`, but for `progress`.
+
+    Raises:
+        UserError: a pair, precision or attention that does not exist, or a pair and a target at once.
+    """
+    target, drafter = arguments.target, arguments.drafter
+    if arguments.pair:
+        if target:
+            raise UserError("Name the target by --pair or by --target, not by both.")
+        target, own = catalog.pair(arguments.pair)
+        drafter = drafter or own
+    catalog.quantization(arguments.quantize)
+    catalog.attention(arguments.attention)
+    options = {name: getattr(arguments, name) for name in _SAME_NAME}
+    return {"target": target or catalog.EMBEDDED, "drafter": drafter, **options}
