@@ -12,6 +12,7 @@ a time in a kernel call that covers them all. So both lanes emit the same tokens
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +31,10 @@ MOST_ROWS = 32  # a pass of more is a prefill, which both lanes make alike
 # Without VNNI the kernels add pairs of products in 16 bits, which 255 × 127 × 2 would overflow and 255 × 63 × 2 does
 # not. The weights give up the bit: activations, with their outliers, need it more (docs/int8_quality.py).
 LEVELS = 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
+
+# Quantized tensors are to leave PyTorch after 2.13, which requirements.txt stays below. Their successor
+# (torch.ops.onednn.qlinear_pointwise) takes 4 times as long without VNNI: see docs/performance.md.
+warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
 
 
 def supported() -> bool:
@@ -50,8 +55,9 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
     llama = all(type(layer) is LlamaDecoderLayer for layer in model.base_model.layers)
     if llama and model.config.hidden_act == "silu" and not model.config.attention_bias:
         layers = model.base_model.layers
-        for i, layer in enumerate(layers):
-            layers[i] = FusedLlamaLayer(layer)
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # packing a weight takes one thread of PyTorch's
+            for i, fused in enumerate(threads.map(FusedLlamaLayer, list(layers))):
+                layers[i] = fused
         model.base_model.rotary_emb = _SignedRotary(model.base_model.rotary_emb)
     quantize_linears(model)
     return model
@@ -75,11 +81,7 @@ class Int8Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         scale = (weight.abs().amax(1) / LEVELS).clamp_min(1e-12).double()
         rows = torch.zeros(len(scale), dtype=torch.long)
-        with warnings.catch_warnings():
-            # Quantized tensors are to leave PyTorch after 2.13, which requirements.txt stays below. Their successor
-            # (torch.ops.onednn.qlinear_pointwise) takes 4 times as long without VNNI: see docs/performance.md.
-            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
-            quantized = torch.quantize_per_channel(weight, scale, rows, 0, torch.qint8)
+        quantized = torch.quantize_per_channel(weight, scale, rows, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(quantized, None)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
 
