@@ -212,7 +212,6 @@ def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats:
     # Widths in turn rather than one after another, so that a slow moment of the machine does not fall on one of them.
     samples = [[verify(length) for length in _MEASURED] for _ in range(repeats)]
     known = dict(zip(_MEASURED, (median(column) for column in zip(*samples, strict=True)), strict=True))
-    cache.free()
     step = known[0]
     ratio = [_between(known, length) / step for length in range(MAX_DRAFT_LENGTH + 1)]
 
@@ -228,6 +227,7 @@ def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats:
         spent.append((time.perf_counter() - begun) / length)
         drafter.extend(words[:1], prefix)
     drafter.close()
+    cache.free()
     return Costs(step, tuple(ratio), median(spent) / step)
 
 
