@@ -156,8 +156,9 @@ def _needed(part: Part, *parts: Part | None) -> int:
     return sum(other.need.total for other in parts if other and other.device == part.device)
 
 
-def _fits(target: Part, drafter: Part | None, free: Callable[[Part], int]) -> bool:
-    return all(_needed(part, target, drafter) <= free(part) for part in (target, drafter) if part)
+def _fits(target: Part, drafter: Part | None, free: Callable[[Part], int], more: int = 0) -> bool:
+    parts = [part for part in (target, drafter) if part]
+    return all(_needed(part, *parts) + more <= free(part) for part in parts)
 
 
 def _alternative(target: Part, drafter: Part | None, free: Callable[[Part], int]) -> str | None:
@@ -176,14 +177,18 @@ def _alternative(target: Part, drafter: Part | None, free: Callable[[Part], int]
             changes.append((f"--quantize {precision}", smaller, drafter))
             if aside:
                 changes.append((f"--quantize {precision} --drafter-device cpu", smaller, aside))
+    for flags, one, two in changes:
+        if _fits(one, two, free):
+            return flags
+    size = weights(target.model, target.dtype)
     for entry in reversed(GEMMA4):
-        if entry.size < 2 * sum(weight.numel() for weight in target.model.parameters()) / 1e9:
-            other = Part(of_catalog(entry), target.device, target.dtype)
-            changes += [(f"--pair {entry.name}", other, None)]
-            changes += [
-                (f"--pair {entry.name} --quantize {name}", replace(other, precision=name), None) for name in PRECISIONS
-            ]
-    return next((flags for flags, one, two in changes if _fits(one, two, free)), None)
+        other = of_catalog(entry)
+        if weights(other, target.dtype) >= size:
+            continue
+        for choice in (None, *PRECISIONS):
+            if _fits(replace(target, model=other, precision=choice), None, free, DRAFTER):
+                return f"--pair {entry.name}" + (f" --quantize {choice}" if choice else "")
+    return None
 
 
 def of_catalog(entry: Entry) -> PreTrainedModel:

@@ -1,0 +1,127 @@
+"""Estimates of memory: exact where they claim to be, and what they advise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from spec_decode import catalog, memory
+from spec_decode.checkpoints import How, load_model
+from spec_decode.errors import ModelError
+from spec_decode.target import Target
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+@pytest.mark.parametrize("kind", tiny.GEMMA4)
+def test_weights_and_caches_are_exact(kind: str) -> None:
+    model, assistant = tiny.gemma4(kind)
+    empty = memory.empty(model.config)
+    assert memory.weights(empty, torch.float32) == sum(w.numel() * 4 for w in model.parameters())
+    target = Target(model)
+    cache = target.new_cache(600)
+    target.prefill(torch.arange(1, 30), cache)
+    held = [layer for layer in cache.layers if layer.is_initialized]
+    stored = sum(part.numel() * 4 for layer in held for part in (layer.keys, layer.values))
+    assert memory.cache_per_token(empty, torch.float32) * cache.capacity == stored
+    helper = memory.Part(memory.empty(assistant.config), CPU, torch.bfloat16, caches=False)
+    assert helper.need.total == sum(w.numel() * 2 for w in assistant.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+def test_caches_of_other_families(kind: str) -> None:
+    model = tiny.model(kind)
+    target = Target(model)
+    cache = target.new_cache(10)
+    target.prefill(torch.arange(1, 9), cache)
+    stored = sum(part.numel() * 4 for layer in cache.layers for part in (layer.keys, layer.values))
+    assert memory.cache_per_token(memory.empty(model.config), torch.float32) * cache.capacity == stored
+
+
+@pytest.mark.parametrize("kind", ["shared", "moe"])
+@pytest.mark.parametrize("precision", catalog.PRECISIONS)
+def test_quantized_weights_are_exact(kind: str, precision: str, tmp_path: Path) -> None:
+    """Against bitsandbytes: embeddings, head and experts are left as they are."""
+    model, _ = tiny.gemma4(kind, hidden_size=64, intermediate_size=256)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), CPU, "float32", How(precision=precision))
+    stored = sum(w.numel() * w.element_size() for w in loaded.parameters())
+    for module in loaded.modules():
+        weight = getattr(module, "weight", None)
+        if (scales := getattr(weight, "SCB", None)) is not None:
+            stored += scales.numel() * 4
+        if (state := getattr(weight, "quant_state", None)) is not None:
+            stored += state.absmax.numel() + state.state2.absmax.numel() * 4
+    assert memory.weights(memory.empty(model.config), torch.float32, precision) == stored
+    assert stored < sum(w.numel() * 4 for w in model.parameters())
+    assert type(loaded.get_output_embeddings()) is nn.Linear
+
+
+def part(name: str, precision: str | None = None, device: torch.device = META) -> memory.Part:
+    entry = catalog.find(name)
+    assert entry is not None
+    return memory.Part(memory.of_catalog(entry), device, torch.bfloat16, precision)
+
+
+@pytest.fixture(scope="module")
+def helper() -> memory.Part:
+    _, assistant = tiny.gemma4("dense")
+    return memory.Part(memory.empty(assistant.config), META, torch.bfloat16, caches=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "room", "advice"),
+    [
+        ("gemma-4-31B", 45, "--quantize int8 would fit"),
+        ("gemma-4-31B", 30, "--quantize nf4 would fit"),
+        ("gemma-4-31B", 24, "--pair gemma-4-12B --quantize int8 would fit"),
+        ("gemma-4-12B", 20, "--quantize int8 would fit"),
+        ("gemma-4-12B", 11.5, "--quantize nf4 would fit"),
+        ("gemma-4-E4B", 8.5, "--pair gemma-4-E2B --quantize nf4 would fit"),
+        ("gemma-4-E2B", 2, "nothing of this kind would fit"),
+    ],
+)
+def test_a_shortfall_says_by_how_much_and_what_would_fit(
+    name: str, room: float, advice: str, helper: memory.Part
+) -> None:
+    target = part(name)
+    needed = target.need.total + helper.need.total
+    with pytest.raises(ModelError) as caught:
+        memory.check(name, target, helper, lambda _: int(room * 1e9))
+    sentence = str(caught.value)
+    assert advice in sentence and "\n" not in sentence
+    assert f"needs about {needed / 1e9:.1f} GB" in sentence and f"{needed / 1e9 - room:.1f} GB too few" in sentence
+
+
+def test_what_fits_passes_and_what_is_advised_fits() -> None:
+    target = part("gemma-4-31B", "nf4")
+    memory.check("x", target, None, lambda _: target.need.total)
+    with pytest.raises(ModelError):
+        memory.check("x", target, None, lambda _: target.need.total - 1)
+
+
+def test_a_drafter_elsewhere_counts_there() -> None:
+    """One byte too few for both on the GPU, so the drafter is advised to go to the CPU."""
+    target, drafter = part("gemma-4-E2B"), part("gemma-4-E2B")
+    both = target.need.total + drafter.need.total
+    with pytest.raises(ModelError, match="--drafter-device cpu would fit"):
+        memory.check("x", target, drafter, lambda _: both - 1)
+    aside = part("gemma-4-E2B", device=CPU)
+    memory.check("x", target, aside, lambda _: target.need.total)
+    with pytest.raises(ModelError, match="on cpu"):
+        memory.check("x", None, aside, lambda _: aside.need.total - 1)
+
+
+def test_half_precision_is_advised_before_quantizing() -> None:
+    model = tiny.model("llama", hidden_size=512, intermediate_size=2048)
+    whole = memory.Part(memory.empty(model.config), CPU, torch.float32)
+    with pytest.raises(ModelError, match="--dtype bfloat16 would fit"):
+        memory.check("x", whole, None, lambda _: whole.need.total - 1)
+
+
+def test_free_memory_of_this_machine() -> None:
+    assert 10**8 < memory.free_on(CPU) < 10**14
