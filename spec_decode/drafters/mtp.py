@@ -19,7 +19,7 @@ from ..errors import ModelError
 from ..sampling import draw
 from ..settings import Settings
 from ..target import Pass, Target
-from . import Draft, joined
+from . import Draft, fused, joined
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 
@@ -59,6 +59,7 @@ class MTPDrafter:
         if getattr(model.config, "shares_target_head", False):
             self.model.lm_head = target.model.get_output_embeddings()
         self.rows = getattr(self.model.lm_head, "weight", self.embed.weight)  # an int8 head shows no rows
+        self.fused = fused.FusedAssistant(model) if fused.fits(model) else None
         self.ordering: Tensor | None = None
         if model.config.use_ordered_embeddings:
             self.ordering = self.model.masked_embedding.token_ordering.long().view(model.config.num_centroids, -1)
@@ -80,20 +81,25 @@ class MTPDrafter:
         position = self.seen.cache.length  # of the last token, which the target has not read yet
         places = torch.full((1,), position, device=self.device)
         shared, masks = self._view(position)
-        hidden = self.hidden.to(self.device).view(1, 1, -1)
+        if self.fused:
+            self.fused.begin(shared, position, self.config.sliding_window)
+        hidden = self.hidden.to(self.device).view(1, -1)
         token = torch.tensor([self.last], device=self.embed.weight.device)
         drawn = []
         for i in range(1, length + 1):
             embedded = self.embed(token).to(self.device)
-            out = self.model.model(
-                inputs_embeds=self.model.pre_projection(torch.cat([embedded[None], hidden], -1)),
-                attention_mask=masks,
-                position_ids=places[None],
-                shared_kv_states=shared,
-                use_cache=False,
-            ).last_hidden_state
-            hidden = self.model.post_projection(out)
-            drawn.append(draw(self._logits(out[0]), places + i, self.settings))
+            if self.fused:
+                out, hidden = self.fused.step(embedded, hidden)
+            else:
+                out = self.model.model(
+                    inputs_embeds=self.model.pre_projection(torch.cat([embedded, hidden], -1))[None],
+                    attention_mask=masks,
+                    position_ids=places[None],
+                    shared_kv_states=shared,
+                    use_cache=False,
+                ).last_hidden_state[0]
+                hidden = self.model.post_projection(out)
+            drawn.append(draw(self._logits(out), places + i, self.settings))
             token = drawn[-1][0].to(token.device)
         return joined(drawn, self.embed.weight.device)
 

@@ -8,6 +8,7 @@ the same way; the centroids are fitted to what the target wants.
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 from .assistant import Learner, with_lists
 from .data import Texts
 from .train import Training, aside, packed, rounds
+
+BANDS = (1 / 12, 1 / 4)  # of the lists: those of the most frequent tokens, and those of the frequent ones after that
 
 
 def sort_vocabulary(
@@ -32,7 +35,14 @@ def sort_vocabulary(
     rng.shuffle(learning)
     x, ids, p = _outputs(learner, texts, learning, most)
     frequent = torch.zeros(len(learner.head)).index_add_(0, ids.flatten(), p.flatten())
-    order = balanced(learner.head, frequent, lists, training.seed)
+    # Rare tokens among frequent ones would be looked at again and again for nothing.
+    ranks = frequent.argsort(descending=True, stable=True)
+    size = len(ranks) // lists
+    cuts = [0, *(max(round(lists * share), 1) * size for share in BANDS), len(ranks)]
+    bands = [ranks[a:b] for a, b in pairwise(cuts)]
+    order = torch.cat(
+        [band[balanced(learner.head[band], frequent[band], len(band) // size, training.seed)] for band in bands]
+    )
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order)) // (len(order) // lists)
     wanted = torch.zeros(len(x), lists).scatter_add_(1, place[ids], p)
