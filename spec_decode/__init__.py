@@ -1,1 +1,6 @@
 """Spec Decode: watch, measure and trust speculative decoding."""
+
+import os
+
+# Before anything imports huggingface_hub, which would else ask the Hub for more than the models that were named.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -1,0 +1,419 @@
+"""Loading pairs: from a hub and offline, quantized, pinned, spread, thinking, and when something is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as pieces
+from transformers import (
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+    Gemma4UnifiedConfig,
+    Gemma4UnifiedForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from spec_decode import memory, models
+from spec_decode.checkpoints import How, load_assistant, load_model, read_config
+from spec_decode.drafters.mtp import MTPDrafter
+from spec_decode.errors import ModelError, OutOfMemory, SettingsError, UserError
+from spec_decode.events import SPECULATIVE
+from spec_decode.race import Race
+from spec_decode.settings import Settings
+from spec_decode.target import Target
+from spec_decode.text import encode_chat
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+TEMPLATE = (
+    "{% if enable_thinking %}w1 {% endif %}{% for turn in messages %}"
+    "{{ 'w2' if turn.role == 'system' else 'w3' }} {{ turn.content }} {% endfor %}w4"
+)
+PROMPT = "w10 w11 w12 w13"
+
+
+def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    words = Tokenizer(pieces.WordLevel({f"w{i}": i for i in range(tiny.VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", chat_template=template)
+
+
+def multimodal(text: PreTrainedModel) -> PreTrainedModel:
+    """A Gemma 4 as Google ships it: the text model within one that sees and hears."""
+    if text.config.model_type == "gemma4_unified_text":
+        whole: Any = Gemma4UnifiedForConditionalGeneration(Gemma4UnifiedConfig(text_config=text.config))
+    else:
+        sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        sight |= {"num_key_value_heads": 2, "head_dim": 8}
+        whole = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text.config, vision_config=sight))
+    whole.model.language_model.load_state_dict(text.model.state_dict())  # type: ignore[union-attr]
+    whole.tie_weights()
+    return whole
+
+
+@pytest.fixture(scope="module")
+def pair_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny `target`, multimodal, and its `assistant`."""
+    home = tmp_path_factory.mktemp("pair")
+    text, assistant = tiny.gemma4("shared")
+    whole = multimodal(text)
+    whole.generation_config.eos_token_id = [5, 7]
+    whole.save_pretrained(home / "target")
+    tokenizer().save_pretrained(home / "target")
+    assistant.generation_config.num_assistant_tokens = 3
+    assistant.save_pretrained(home / "assistant")
+    return home
+
+
+def load(home: Path, **options: Any) -> models.Pair:
+    return models.load_pair(str(home / "target"), str(home / "assistant"), **{"device": "cpu", **options})
+
+
+# What Google ships
+
+
+@pytest.mark.parametrize("kind", ["shared", "moe", "unified"])
+def test_of_a_multimodal_checkpoint_the_text_model_is_loaded(kind: str, tmp_path: Path) -> None:
+    text, _ = tiny.gemma4(kind)
+    multimodal(text).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), CPU, "float32")
+    assert type(loaded) is type(text)
+    tokens = torch.arange(1, 60)
+    cache = Target(loaded).new_cache(100)
+    torch.testing.assert_close(Target(loaded).prefill(tokens, cache).logits[0], text(tokens[None]).logits[0, -1])
+
+
+def test_a_pair_is_loaded_and_raced(pair_dir: Path) -> None:
+    lines: list[str] = []
+    pair = load(pair_dir, progress=lines.append)
+    assert isinstance(pair.drafter, MTPDrafter) and pair.info["drafter"] == "assistant"
+    assert pair.draft_length == 3 and any("draft length of 3" in line for line in lines)
+    assert pair.target.eos == {5, 7}
+    for settings in (Settings(max_new_tokens=20), Settings(max_new_tokens=20, temperature=1, rule="coupled")):
+        race = Race(pair, PROMPT, settings)
+        list(race)
+        assert race.trace.identical
+        ids = race.trace.token_ids(SPECULATIVE)
+        assert len(ids) == 20 or ids[-1] in (5, 7)
+        assert not set(ids[:-1]) & {5, 7}
+    pair.use_drafter("lookup")
+    assert pair.draft_length is None
+
+
+def test_any_of_the_end_of_turn_ids_ends_a_text(pair_dir: Path) -> None:
+    pair = load(pair_dir)
+    pair.target.eos = frozenset()
+    free = Race(pair, PROMPT, Settings(max_new_tokens=12))
+    list(free)
+    ids = free.trace.token_ids(SPECULATIVE)
+    for end in ids[1:8:3]:
+        pair.target.eos = frozenset({end, 10**6})
+        race = Race(pair, PROMPT, Settings(max_new_tokens=12))
+        list(race)
+        assert race.trace.token_ids(SPECULATIVE) == ids[: ids.index(end) + 1]
+        assert set(race.trace.finish.values()) == {"stop"}
+
+
+def test_an_incomplete_checkpoint_is_refused(pair_dir: Path, tmp_path: Path) -> None:
+    """transformers would fill the gap with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(pair_dir / "target", tmp_path / "target")
+    file = tmp_path / "target" / "model.safetensors"
+    kept = load_file(file)
+    del kept["model.language_model.layers.1.mlp.up_proj.weight"]
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"not a complete checkpoint.*1 weights are missing.*up_proj"):
+        load_model(str(tmp_path / "target"), CPU, "float32")
+    file.unlink()
+    torch.save(kept, tmp_path / "target" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="not a usable safetensors checkpoint"):
+        load_model(str(tmp_path / "target"), CPU, "float32")
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}})
+    )
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ModelError):
+        read_config(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_assistant_of_another_target_is_refused(pair_dir: Path, tmp_path: Path) -> None:
+    _, other = tiny.gemma4("shared", hidden_size=64)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="made for a target 64 wide"):
+        models.load_pair(str(pair_dir / "target"), str(tmp_path), device="cpu")
+
+
+def test_mtp_is_refused_where_there_is_none(pair_dir: Path) -> None:
+    with pytest.raises(ModelError, match="no MTP drafter"):
+        models.load_pair(str(pair_dir / "target"), "mtp", device="cpu")
+
+
+# How it is held
+
+
+@pytest.mark.parametrize(
+    ("quantize", "target_class", "drafter_class", "dtype"),
+    [
+        ("nf4", "Linear4bit", "Linear", "float32 (target nf4)"),
+        ("target=int8", "Linear8bitLt", "Linear", "float32 (target int8)"),
+        ("target=nf4,drafter=int8", "Linear4bit", "Linear8bitLt", "float32 (target nf4, drafter int8)"),
+    ],
+)
+def test_bitsandbytes(pair_dir: Path, quantize: str, target_class: str, drafter_class: str, dtype: str) -> None:
+    lines: list[str] = []
+    pair = load(pair_dir, quantize=quantize, progress=lines.append)
+    layer: Any = pair.target.model.model.layers[0]  # type: ignore[union-attr, index]
+    assert type(layer.mlp.up_proj).__name__ == target_class
+    assert type(pair.drafter.model.pre_projection).__name__ == drafter_class  # type: ignore[attr-defined]
+    assert pair.info["dtype"] == dtype
+    assert any("slowly" in line for line in lines)
+    race = Race(pair, PROMPT, Settings(max_new_tokens=8))
+    list(race)
+    assert len(race.trace.token_ids(SPECULATIVE)) in range(1, 9)
+
+
+def test_dtype_attention_and_placement_reach_the_models(pair_dir: Path) -> None:
+    pair = load(pair_dir, dtype="bfloat16", attention="eager", drafter_device="cpu", device_map="auto")
+    for model in (pair.target.model, pair.drafter.model):  # type: ignore[attr-defined]
+        assert model.dtype == torch.bfloat16 and model.config.get_text_config()._attn_implementation == "eager"
+    race = Race(pair, PROMPT, Settings(max_new_tokens=8))
+    list(race)
+    assert race.trace.rounds
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "sentence"),
+    [
+        ({"quantize": "int3"}, SettingsError, "Cannot quantize"),
+        ({"attention": "flash_attention_2"}, SettingsError, "takes a mask"),
+        ({"device_map": "balanced"}, ModelError, "Unknown device map"),
+        ({"dtype": "int8", "quantize": "nf4"}, ModelError, "quantization of its own"),
+        ({"drafter_device": "toaster"}, ModelError, "Unknown device"),
+        ({"drafter_device": "cuda"}, ModelError, "No CUDA device"),
+    ],
+)
+def test_what_cannot_be_held_so_is_refused(pair_dir: Path, options: Any, kind: type[Exception], sentence: str) -> None:
+    if options.get("drafter_device") == "cuda" and torch.cuda.is_available():
+        return
+    with pytest.raises(kind, match=sentence) as caught:
+        load(pair_dir, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded(pair_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded")
+
+    pair = load(pair_dir)
+    monkeypatch.setattr(models, "load_model", never)
+    monkeypatch.setattr(models, "load_assistant", never)
+    monkeypatch.setattr(memory, "free_on", lambda *_: 1000)
+    with pytest.raises(ModelError, match="too few"):
+        load(pair_dir)
+    with pytest.raises(ModelError, match="too few"):
+        pair.use_drafter(str(pair_dir / "assistant"))
+
+
+def test_memory_that_runs_out_ends_the_race_and_not_the_pair(pair_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = load(pair_dir)
+    for model in (pair.drafter.model.model, pair.target.model):  # type: ignore[attr-defined]
+        forward, calls = model.forward, iter(range(100))
+
+        def failing(*args: Any, forward: Any = forward, calls: Any = calls, **options: Any) -> Any:
+            if next(calls) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return forward(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "forward", failing)
+            race = Race(pair, PROMPT, Settings(max_new_tokens=20, draft_length=3))
+            with pytest.raises(OutOfMemory, match="out of memory"):
+                list(race)
+        assert "cancelled" in race.trace.finish.values() and pair.drafter.seen is None  # type: ignore[attr-defined]
+        again = Race(pair, PROMPT, Settings(max_new_tokens=20, draft_length=3))
+        list(again)
+        assert again.trace.identical
+
+
+# Chat
+
+
+def test_thinking_is_switched_where_there_is_a_switch() -> None:
+    words = tokenizer()
+    assert encode_chat(words, "w9") == [3, 9, 4]
+    assert encode_chat(words, "w9", "w8", thinking=True) == [1, 2, 8, 3, 9, 4]
+    for template in (TEMPLATE.replace("enable_thinking", "false"), None):
+        with pytest.raises(UserError, match="no thinking mode"):
+            encode_chat(tokenizer(template), "w9", thinking=True)
+    always = tokenizer("{% if enable_thinking is not defined or enable_thinking %}w1 {% endif %}w4")
+    assert encode_chat(always, "w9") == [4]
+
+
+def test_a_race_thinks(pair_dir: Path) -> None:
+    pair = load(pair_dir)
+    assert Race(pair, PROMPT, Settings(), thinking=True).ids == [1, *Race(pair, PROMPT, Settings()).ids]
+
+
+# The Hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face Hub as its client needs to download two repositories."""
+
+    home: Path
+    asked: list[str]
+    revision = "1" * 40
+    old = "2" * 40
+
+    def _answer(self, body: bool) -> None:
+        path, token = self.path.split("?")[0], self.headers.get("authorization", "")
+        self.asked.append(path)
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        name, revision = "/".join(parts[:2]), parts[3] if parts[2:3] == ["resolve"] else ""
+        file = self.home / parts[1] / "/".join(parts[4:]) if revision else self.home / "none"
+        code, kind, content = 404, "EntryNotFound", b""
+        if "wrong-token" in token:
+            code, kind = 401, ""
+        elif name == "tiny/gated":
+            code, kind = 403, "GatedRepo"
+        elif name not in ("tiny/target", "tiny/assistant"):
+            kind = "RepoNotFound"
+        elif revision and revision not in ("main", self.revision, self.old):
+            kind = "RevisionNotFound"
+        elif file.is_file():
+            code, kind, content = 200, "", file.read_bytes()
+            if revision == self.old and file.name == "generation_config.json":
+                content = content.replace(b": 3", b": 9")
+        self.send_response(code)
+        if code == 200:
+            self.send_header("X-Repo-Commit", self.revision if revision == "main" else revision)
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        else:
+            self.send_header("X-Error-Code", kind)
+            self.send_header("X-Error-Message", "Invalid credentials in Authorization header" if code == 401 else kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        self._answer(True)
+
+    def do_HEAD(self) -> None:
+        self._answer(False)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub(pair_dir: Path) -> Iterator[tuple[str, list[str]]]:
+    """Address of a hub with tiny/target, tiny/assistant and tiny/gated, and what it is asked for."""
+    handler = type("Handler", (Hub,), {"home": pair_dir, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", handler.asked  # type: ignore[attr-defined]
+    server.shutdown()
+
+
+SCRIPT = """
+import json, sys
+from spec_decode import models
+from spec_decode.errors import ModelError
+from spec_decode.race import Race
+from spec_decode.settings import Settings
+for options in json.loads(sys.argv[1]):
+    try:
+        pair = models.load_pair(**{"target": "tiny/target", "drafter": "tiny/assistant", "device": "cpu", **options})
+        race = Race(pair, "w10 w11 w12", Settings(max_new_tokens=6))
+        list(race)
+        print(json.dumps({**pair.info, "length": pair.draft_length, "identical": race.trace.identical}))
+    except ModelError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def elsewhere(home: Path, cases: list[dict[str, Any]], **environment: str) -> list[Any]:
+    """Loads pairs in a process of its own, since the Hub's client reads its environment once."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))}
+    env |= {"HF_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
+    run = [sys.executable, "-c", SCRIPT, json.dumps(cases)]
+    out = subprocess.run(run, env=env | environment, capture_output=True, text=True, check=True, cwd=ROOT)
+    return [json.loads(line) for line in out.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_a_pair_comes_from_the_hub_once_and_then_from_the_disk(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    address, asked = hub
+    pinned = {"target_revision": Hub.old, "drafter_revision": Hub.old}
+    first, second, gone = elsewhere(tmp_path, [{}, pinned, {"target_revision": "no-such"}], HF_ENDPOINT=address)
+    assert first["target"] == "tiny/target" and first["drafter"] == "assistant" and first["identical"]
+    assert (first["length"], second["length"]) == (3, 9)
+    assert "has no revision 'no-such'" in gone
+    repositories = {"/".join(path.replace("/api/models", "").split("/")[1:3]) for path in asked}
+    assert repositories == {"tiny/target", "tiny/assistant"}
+    assert not any(path.endswith((".bin", ".py")) for path in asked)
+
+    asked.clear()
+    offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": address}
+    again, older, never = elsewhere(tmp_path, [{}, pinned, {"target_revision": "3" * 40}], **offline)
+    assert again == first and older == second
+    assert "at revision 333" in never and "not on this disk" in never
+    assert asked == []
+
+
+@pytest.mark.slow
+def test_what_the_hub_refuses_is_one_sentence(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    address, _ = hub
+    names = ["tiny/gated", "tiny/nothing", "google/gemma-4-9b-it"]
+    cases = [{"target": name} for name in names] + [{"drafter": "google/gemma-4-2b-it-draft"}]
+    gated, missing, misnamed, helper = elsewhere(tmp_path, cases, HF_ENDPOINT=address)
+    assert "is gated: accept its licence" in gated
+    assert (
+        missing == "There is no model 'tiny/nothing' on the Hub or on this disk (a private one needs `hf auth login`)."
+    )
+    assert misnamed.endswith("; the nearest real name is google/gemma-4-12B-it.")
+    assert helper.endswith("; the nearest real name is google/gemma-4-E2B-it-assistant.")
+    (refused,) = elsewhere(tmp_path, [{}], HF_ENDPOINT=address, HF_TOKEN="hf_wrong-token")
+    assert "does not accept your token" in refused
+    (unreachable,) = elsewhere(tmp_path, [{}], HF_ENDPOINT="http://127.0.0.1:9")
+    assert "the Hugging Face Hub cannot be reached" in unreachable
+    for sentence in (gated, missing, misnamed, helper, refused, unreachable):
+        assert "\n" not in sentence and sentence.endswith(".")
+
+
+def test_a_head_may_be_left_out_only_where_it_is_the_targets(pair_dir: Path, tmp_path: Path) -> None:
+    assert load_assistant(str(pair_dir / "assistant"), CPU, "float32", How()).config.model_type == "gemma4_assistant"
+    shutil.copytree(pair_dir / "assistant", tmp_path / "headless")
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "headless" / "model.safetensors"
+    kept = {
+        name: weight for name, weight in load_file(file).items() if "embed_tokens" not in name and "lm_head" not in name
+    }
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="not a complete checkpoint"):
+        load_assistant(str(tmp_path / "headless"), CPU, "float32")
+    config = json.loads((tmp_path / "headless" / "config.json").read_text())
+    (tmp_path / "headless" / "config.json").write_text(json.dumps({**config, "shares_target_head": True}))
+    load_assistant(str(tmp_path / "headless"), CPU, "float32")
