@@ -48,10 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     def race(*args: Any, **options: Any) -> Any:
         from spec_decode.race import Race
 
-        options["thinking"] = arguments.thinking
         return Race(*args, **options)
 
-    engine = Engine(load, race, drafters=("lookup",), own=arguments.choice["drafter"])
+    engine = Engine(load, race, drafters=("lookup",), own=arguments.choice["drafter"], thinking=arguments.thinking)
     page = build(engine, arguments.max_queue)
     try:
         _, url, _ = page.launch(

@@ -7,6 +7,7 @@ Hub raise becomes a `ModelError` of one sentence. Knows nothing of pairs.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -161,6 +162,7 @@ def _bitsandbytes(precision: str, dtype: torch.dtype, device: torch.device) -> B
     if device.type == "mps":
         raise ModelError("bitsandbytes cannot quantize on Apple's MPS; leave --quantize out, or choose --device cpu.")
     if precision == "int8":
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast to float16 in every layer
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype

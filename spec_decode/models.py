@@ -38,6 +38,7 @@ from .errors import ModelError
 from .events import Costs
 from .settings import MAX_DRAFT_LENGTH, Settings
 from .target import Target
+from .text import can_think
 
 Say = Callable[[str], None]
 
@@ -101,6 +102,11 @@ class Pair:
         model = getattr(self.drafter, "model", None)
         advice = getattr(getattr(model, "generation_config", None), "num_assistant_tokens", None)
         return advice if isinstance(self.drafter, MTPDrafter) else None
+
+    @property
+    def can_think(self) -> bool:
+        """Whether the target's chat template has a switch for thinking."""
+        return can_think(self.tokenizer)
 
     def use_drafter(self, name: str | None) -> None:
         """Changes the drafter and measures anew; the target stays loaded.

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -272,6 +273,32 @@ def test_thinking_is_switched_where_there_is_a_switch() -> None:
 def test_a_race_thinks(pair_dir: Path) -> None:
     pair = load(pair_dir)
     assert Race(pair, PROMPT, Settings(), thinking=True).ids == [1, *Race(pair, PROMPT, Settings()).ids]
+
+
+def test_the_app_offers_the_switch_where_there_is_one(pair_dir: Path, tmp_path: Path) -> None:
+    from spec_decode.ui.engine import Engine
+
+    shutil.copytree(pair_dir / "target", tmp_path / "target")
+    shutil.copytree(pair_dir / "assistant", tmp_path / "assistant")
+    tokenizer(None).save_pretrained(tmp_path / "target")
+    (tmp_path / "target" / "chat_template.jinja").unlink()
+    for home, switch in ((pair_dir, True), (tmp_path, None)):
+        pair = load(home)
+        engine = Engine(lambda _, pair=pair: pair, Race, thinking=True)
+        engine.start()
+        while engine.status().phase == "loading":
+            time.sleep(0.01)
+        assert engine.status().thinking is switch
+    with pytest.raises(UserError, match="no thinking mode"):
+        engine.open("v", PROMPT, Settings(), None, None, False, True)
+    engine = Engine(lambda _: load(pair_dir), Race)
+    engine.start()
+    while engine.status().phase == "loading":
+        time.sleep(0.01)
+    assert engine.status().thinking is False
+    opened = engine.open("v", PROMPT, Settings(max_new_tokens=2), None, None, False, True)
+    assert opened.trace.prompt_tokens == len(encode_chat(tokenizer(), PROMPT, thinking=True))
+    engine.close("v", opened)
 
 
 # The Hub

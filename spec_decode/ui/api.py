@@ -38,6 +38,7 @@ def race_endpoint(engine: Engine) -> Endpoint:
         drafter: str = "",
         system: str = "",
         truncate: bool = False,
+        thinking: bool = False,
         request: gr.Request = None,  # type: ignore[assignment]  # given by Gradio, not a parameter of the API
     ) -> Iterator[dict[str, Any]]:
         """Race a prompt through the baseline and the speculative lane, and return the trace.
@@ -55,6 +56,7 @@ def race_endpoint(engine: Engine) -> Endpoint:
             drafter: a drafter the page offers; empty takes the pair's own.
             system: a system prompt; empty takes the model's own.
             truncate: cut a prompt that is too long instead of refusing it.
+            thinking: let the model think first, where its chat template can.
 
         Returns:
             The trace of the finished race: pair, settings, machine, prompt, rounds with every token, and how each
@@ -72,7 +74,7 @@ def race_endpoint(engine: Engine) -> Endpoint:
                 seed=seed,
             )
             visitor = f"{request.session_hash if request else ''}/{uuid.uuid4().hex}"
-            asked = Asked(visitor, prompt, settings, system or None, drafter or None, truncate)
+            asked = Asked(visitor, prompt, settings, system or None, drafter or None, truncate, thinking)
             for view in run(engine, asked, Feed(), draw=False):
                 if view.problem:
                     raise gr.Error(view.problem, print_exception=False)

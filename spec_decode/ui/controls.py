@@ -17,8 +17,8 @@ from .form import CONTROLS, HELP, RULE_HELP
 RULES = [(name, name) for name in RULE_HELP if name != "threshold"] + [("threshold (lossy)", "threshold")]
 
 
-def settings_panel() -> tuple[dict[str, Any], gr.Dropdown, gr.Textbox]:
-    """The controls by name in the order of the panel, the drafter's, and the system prompt's."""
+def settings_panel() -> tuple[dict[str, Any], gr.Dropdown, gr.Textbox, gr.Checkbox]:
+    """The controls by name in the order of the panel, the drafter's, the system prompt's, and the thinking switch."""
     start = Settings()
     c: dict[str, Any] = {}
     c["policy"] = gr.Radio(
@@ -60,6 +60,7 @@ def settings_panel() -> tuple[dict[str, Any], gr.Dropdown, gr.Textbox]:
         c["max_new_tokens"] = _number("max_new_tokens", "Max new tokens", start.max_new_tokens, step=16)
         c["seed"] = _number("seed", "Seed", start.seed, step=1)
     system = gr.Textbox(label="System prompt", lines=2, placeholder="The model’s own, if empty.", elem_id="sd-system")
+    thinking = gr.Checkbox(False, label="Let the model think first", elem_id="sd-thinking", visible=False)
 
     c["policy"].change(
         lambda policy: gr.update(visible=policy == "fixed"),
@@ -77,7 +78,7 @@ def settings_panel() -> tuple[dict[str, Any], gr.Dropdown, gr.Textbox]:
         api_visibility="private",
         show_progress="hidden",
     )
-    return {name: c[name] for name in CONTROLS}, drafter, system
+    return {name: c[name] for name in CONTROLS}, drafter, system, thinking
 
 
 def help_updates(values: dict[str, Any], wrong: SettingsError | None) -> list[Any]:

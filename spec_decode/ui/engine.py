@@ -50,12 +50,14 @@ class Race(Protocol):
 
 @dataclass(frozen=True)
 class Status:
-    """Where the engine stands: `message` is one sentence for the visitor, `pair` is `Pair.info` once ready."""
+    """Where the engine stands: `message` is one sentence for the visitor, `pair` is `Pair.info` once ready, `thinking`
+    how its switch stands at first, None where the pair has no such switch."""
 
     phase: Literal["loading", "ready", "failed"]
     message: str
     pair: dict[str, Any] | None = None
     drafters: tuple[str, ...] = ()
+    thinking: bool | None = None
 
 
 class Engine:
@@ -67,13 +69,16 @@ class Engine:
         race: Callable[..., Any],
         drafters: tuple[str, ...] = (),
         own: str | None = None,
+        thinking: bool = False,
     ) -> None:
-        """`load(progress)` returns the pair; `race(pair, prompt, settings, system, truncate)` a race over it.
+        """`load(progress)` returns the pair; `race(pair, prompt, settings, system, truncate)` a race over it, also
+        given `thinking=True` where that was asked of a pair that can; `thinking` is how the switch stands at first.
 
         `own` is the name the pair's drafter was loaded by. `drafters` are the names visitors may choose besides it:
         they are never free to name one, for a name is a download or a path on the server.
         """
         self._load, self._race, self._extra, self._own = load, race, drafters, own
+        self._thinking = thinking
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         self._status = Status("loading", "Starting.")
         self._lock = threading.Lock()
@@ -97,7 +102,14 @@ class Engine:
         return self._status
 
     def open(
-        self, visitor: str, prompt: str, settings: Settings, system: str | None, drafter: str | None, truncate: bool
+        self,
+        visitor: str,
+        prompt: str,
+        settings: Settings,
+        system: str | None,
+        drafter: str | None,
+        truncate: bool,
+        thinking: bool = False,
     ) -> OpenRace:
         """A race ready to advance.
 
@@ -115,7 +127,8 @@ class Engine:
             if wanted != self._drafter:
                 self._pair.use_drafter(self._own if wanted == own else wanted)
                 self._drafter = wanted
-            return self._race(self._pair, prompt, settings, system=system or None, truncate=truncate)
+            more = {"thinking": True} if thinking else {}
+            return self._race(self._pair, prompt, settings, system=system or None, truncate=truncate, **more)
 
         opened = OpenRace(self._submit(prepare).result(), self._submit)
         self._running[visitor] = opened
@@ -142,7 +155,8 @@ class Engine:
             pair = self._load(progress)
             self._drafter = str(pair.info["drafter"])
             drafters = tuple(dict.fromkeys((self._drafter, *self._extra)))
-            self._pair, self._status = pair, Status("ready", "Ready.", dict(pair.info), drafters)
+            thinking = self._thinking if getattr(pair, "can_think", False) else None
+            self._pair, self._status = pair, Status("ready", "Ready.", dict(pair.info), drafters, thinking)
         except UserError as error:
             self._status = Status("failed", str(error))
         except Exception as error:  # whatever a library threw must reach the page as a sentence

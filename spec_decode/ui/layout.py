@@ -60,7 +60,7 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
                         )
                         chip.click(None, None, prompt, js=f"() => {json.dumps(example['prompt'])}", **QUIET)
                 with gr.Accordion("Settings", open=False, elem_id="sd-settings"):
-                    controls, drafter, system = settings_panel()
+                    controls, drafter, system, thinking = settings_panel()
             with gr.Column(elem_id="sd-main", min_width=320):
                 view = token_view(feeds)
                 figures()
@@ -74,6 +74,7 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
                 prompt=prompt,
                 system=system,
                 drafter=drafter,
+                thinking=thinking,
                 controls=controls,
                 go=go,
                 leave=leave,

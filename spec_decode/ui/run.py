@@ -38,6 +38,7 @@ class Asked:
     system: str | None = None
     drafter: str | None = None
     truncate: bool = False
+    thinking: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ def run(engine: Engine, asked: Asked, feed: Feed, draw: bool = True) -> Iterator
     Raises:
         PromptError, ModelError: the race could not begin.
     """
-    race = engine.open(asked.visitor, asked.prompt, asked.settings, asked.system, asked.drafter, asked.truncate)
+    race = engine.open(
+        asked.visitor, asked.prompt, asked.settings, asked.system, asked.drafter, asked.truncate, asked.thinking
+    )
     try:
         tally, curves, throttle = Tally(), Curves(), Throttle()
         about = _about(asked.settings)

@@ -38,6 +38,7 @@ class Page:
     prompt: gr.Textbox
     system: gr.Textbox
     drafter: gr.Dropdown
+    thinking: gr.Checkbox
     controls: dict[str, Any]
     go: gr.Button
     leave: gr.Button
@@ -70,6 +71,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         }
         if now.phase == "ready":
             out[page.drafter] = gr.update(choices=list(now.drafters), value=now.drafters[0])
+            out[page.thinking] = gr.update(visible=now.thinking is not None, value=bool(now.thinking))
         return out
 
     def again() -> dict[Any, Any]:
@@ -97,11 +99,17 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         return out
 
     def stream(
-        request: gr.Request, ticket: dict[str, Any], text: str, system: str, drafter: str, *values: Any
+        request: gr.Request,
+        ticket: dict[str, Any],
+        text: str,
+        system: str,
+        drafter: str,
+        thinking: bool,
+        *values: Any,
     ) -> Iterator[str]:
         visitor = str(request.session_hash)
         settings = settings_from_form(dict(zip(CONTROLS, values, strict=True)))
-        wanted = Asked(visitor, text or "", settings, system, drafter, ticket["truncate"])
+        wanted = Asked(visitor, text or "", settings, system, drafter, ticket["truncate"], thinking)
         outcomes[visitor] = Outcome()
         try:
             for view in run(engine, wanted, feeds.open()):
@@ -138,7 +146,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
             page.download: gr.update(value=None, interactive=False),
         }
 
-    watched = [page.status, page.go, page.retry, page.drafter, page.timer]
+    watched = [page.status, page.go, page.retry, page.drafter, page.thinking, page.timer]
     blocks.load(poll, None, watched, **AT_ONCE)
     page.timer.tick(poll, None, watched, **AT_ONCE)
     page.retry.click(again, None, [page.timer, page.retry, page.status], **AT_ONCE)
@@ -157,7 +165,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     # second, and even for outputs that are skipped. All that can wait for the end of the race waits for `rest`.
     running = page.ticket.change(
         stream,
-        [page.ticket, page.prompt, page.system, page.drafter, *form],
+        [page.ticket, page.prompt, page.system, page.drafter, page.thinking, *form],
         page.view,
         preprocess=False,
         postprocess=False,
