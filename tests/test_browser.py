@@ -161,7 +161,7 @@ class Visitor:
 def test_a_race_of_the_embedded_model(browser: Any, real_app: str) -> None:
     visitor = Visitor(browser, real_app)
     page = visitor.page
-    assert "Baseline" in visitor.text("#sd-main"), "the page is there before the model"
+    page.locator("#sd-main").get_by_text("Baseline").first.wait_for()  # before the model is
     visitor.ready()
     visitor.run("Copy this line twice: <img src=x onerror=\"document.title='owned'\"> </span>", max_new_tokens=40)
     visitor.phase("running", 60)
