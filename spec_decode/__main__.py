@@ -90,6 +90,7 @@ def _train_drafter(arguments: argparse.Namespace) -> None:
         centroids=arguments.centroids,
         chosen=arguments.chosen,
         head=not arguments.without_head,
+        init=arguments.init,
         only=arguments.only,
         device=arguments.device,
     )
@@ -129,6 +130,7 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     command.add_argument("--centroids", type=int, default=1024, metavar="N", help="vocabulary lists; 0 for none")
     command.add_argument("--chosen", type=int, default=32, metavar="N", help="vocabulary lists a step looks at")
     command.add_argument("--without-head", action="store_true", help="leave out the head, which is the target's")
+    command.add_argument("--init", type=Path, metavar="DIR", help="a drafter of the same shape to begin with")
     command.add_argument("--steps", type=int, default=4000, metavar="N", help="updates")
     command.add_argument("--texts", type=int, default=8, metavar="N", help="texts an update")
     command.add_argument("--rate", type=float, default=1e-3, metavar="R", help="peak learning rate")

@@ -31,6 +31,7 @@ from .checkpoints import (
     read_config,
 )
 from .drafters import Drafter
+from .drafters.either import EitherDrafter
 from .drafters.lookup import LookupDrafter
 from .drafters.model import ModelDrafter, check_same_vocabulary
 from .drafters.mtp import MTPDrafter
@@ -44,6 +45,7 @@ Say = Callable[[str], None]
 
 LOOKUP = "lookup"
 MTP = "mtp"
+BESIDE = f"+{LOOKUP}"  # a drafter's name may end so: prompt lookup where that does better
 SHIPPED = Path(__file__).parents[1] / "assets" / "drafter"
 _MEASURED = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -99,9 +101,10 @@ class Pair:
 
     @property
     def draft_length(self) -> int | None:
-        model = getattr(self.drafter, "model", None)
-        advice = getattr(getattr(model, "generation_config", None), "num_assistant_tokens", None)
-        return advice if isinstance(self.drafter, MTPDrafter) else None
+        drafter = self.drafter.other if isinstance(self.drafter, EitherDrafter) else self.drafter
+        if not isinstance(drafter, MTPDrafter):
+            return None
+        return getattr(drafter.model.generation_config, "num_assistant_tokens", None)
 
     @property
     def can_think(self) -> bool:
@@ -114,9 +117,9 @@ class Pair:
         Raises:
             ModelError: there is no such drafter, or it does not fit the target or the memory.
         """
-        source = _drafter_source(name, self.name, self.target.config)
+        source, beside = _drafter_source(name, self.name, self.target.config)
         _check_memory(self.plan, self.name, None, source)
-        self.drafter = _load_drafter(source, self.target, self.tokenizer, self.plan)
+        self.drafter = _load_drafter(source, beside, self.target, self.tokenizer, self.plan)
         self.costs = measure_costs(self.target, self.drafter)
 
 
@@ -139,7 +142,8 @@ def load_pair(
     Args:
         target: "embedded", a Hub id, or a local directory.
         drafter: None for the target's own (lookup, where there is none), "lookup", "mtp", a Hub id, or a local
-            directory of a Gemma 4 assistant or of a causal model.
+            directory of a Gemma 4 assistant or of a causal model; with "+lookup" behind it, prompt lookup drafts where
+            it is likelier to be right.
         device: "auto" (CUDA, then MPS, then CPU), or a torch device.
         dtype: "auto" (bfloat16 on CUDA, float16 on MPS and on GPUs without bfloat16; on the CPU int8 for the embedded
             target, else float32), "int8" (CPU), "float32", "float16" or "bfloat16".
@@ -173,7 +177,7 @@ def load_pair(
     path = str(embedded.prepare(say)) if target == EMBEDDED else target
     name = embedded.NAME if target == EMBEDDED else target
     config = read_config(path, target_revision)
-    source = _drafter_source(drafter, target, config.get_text_config(decoder=True))
+    source, beside = _drafter_source(drafter, target, config.get_text_config(decoder=True))
     if target != EMBEDDED:
         _check_memory(plan, name, config, source)
     say(f"Loading {name} …")
@@ -181,7 +185,7 @@ def load_pair(
     try:
         lead = Target(load_model(path, place, plan.dtype, plan.target))
         say("Loading the drafter …")
-        helper = _load_drafter(source, lead, tokenizer, plan)
+        helper = _load_drafter(source, beside, lead, tokenizer, plan)
         pair = Pair(lead, tokenizer, helper, target, plan)
         if pair.draft_length:
             say(f"The drafter comes with a draft length of {pair.draft_length}")
@@ -231,7 +235,7 @@ def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats:
         if len(draft.ids):
             draft.ids[0].item()
         spent.append((time.perf_counter() - begun) / length)
-        drafter.extend(words[:1], prefix)
+        drafter.extend([words[5 * len(spent) % room]], prefix)  # never the same two in a row: lookup finds nothing
     drafter.close()
     cache.free()
     return Costs(step, tuple(ratio), median(spent) / step)
@@ -279,12 +283,20 @@ def machine(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def _drafter_source(name: str | None, target: str, config: Any) -> str | None:
-    """Path or Hub id of the drafter called `name` beside a target with text configuration `config`; None is lookup.
+def _drafter_source(name: str | None, target: str, config: Any) -> tuple[str | None, bool]:
+    """Path or Hub id of the drafter called `name` beside a target with text configuration `config`, None for lookup;
+    and whether lookup drafts beside it.
 
     Raises:
         ModelError: `name` is "mtp" and the target has none.
     """
+    if name and name.endswith(BESIDE):
+        source, _ = _drafter_source(name.removesuffix(BESIDE), target, config)
+        return source, source is not None
+    return _alone(name, target, config), False
+
+
+def _alone(name: str | None, target: str, config: Any) -> str | None:
     if name == LOOKUP:
         return None
     if name == EMBEDDED:
@@ -301,9 +313,14 @@ def _drafter_source(name: str | None, target: str, config: Any) -> str | None:
     return name
 
 
-def _load_drafter(source: str | None, target: Target, tokenizer: Any, plan: Plan) -> Drafter:
+def _load_drafter(source: str | None, beside: bool, target: Target, tokenizer: Any, plan: Plan) -> Drafter:
     if source is None:
         return LookupDrafter(target.device)
+    drafter = _load_model_drafter(source, target, tokenizer, plan)
+    return EitherDrafter(drafter, LookupDrafter(target.device)) if beside else drafter
+
+
+def _load_model_drafter(source: str, target: Target, tokenizer: Any, plan: Plan) -> Drafter:
     place, how = plan.drafter_device, plan.drafter
     config = read_config(source, how.revision)
     if is_assistant(config):

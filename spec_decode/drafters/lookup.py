@@ -37,7 +37,16 @@ class LookupDrafter:
         self._append(tokens)
 
     def draft(self, length: int) -> Draft:
-        return Draft(torch.tensor(self._continuation(length), dtype=torch.long, device=self.device))
+        return Draft(torch.tensor(self.match(length)[1], dtype=torch.long, device=self.device))
+
+    def match(self, length: int) -> tuple[int, list[int]]:
+        """How many tokens of the suffix occurred before, 0 if none, and the `length` that would come next."""
+        for n in self.sizes:
+            follows = self.index.get(tuple(self.tokens[-n:])) if len(self.tokens) >= n else None
+            if follows is not None:
+                period = self.tokens[follows:]
+                return n, [period[i % len(period)] for i in range(length)]
+        return 0, []
 
     def close(self) -> None:
         self.tokens, self.index = [], {}
@@ -50,11 +59,3 @@ class LookupDrafter:
                 if end >= n:
                     self.index[tuple(self.tokens[end - n :])] = end
             self.tokens.append(token)
-
-    def _continuation(self, length: int) -> list[int]:
-        for n in self.sizes:
-            follows = self.index.get(tuple(self.tokens[-n:])) if len(self.tokens) >= n else None
-            if follows is not None:
-                period = self.tokens[follows:]
-                return [period[i % len(period)] for i in range(length)]
-        return []

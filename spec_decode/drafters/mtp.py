@@ -84,7 +84,7 @@ class MTPDrafter:
         if self.fused:
             self.fused.begin(shared, position, self.config.sliding_window)
         hidden = self.hidden.to(self.device).view(1, -1)
-        token = torch.tensor([self.last], device=self.embed.weight.device)
+        token = torch.full((1,), self.last, device=self.embed.weight.device)  # a fill: no copy that waits
         drawn = []
         for i in range(1, length + 1):
             embedded = self.embed(token).to(self.device)

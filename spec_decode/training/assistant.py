@@ -6,13 +6,14 @@ embeddings so that there is little left to learn; and a checkpoint which transfo
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
 from transformers.models.gemma4_assistant.modeling_gemma4_assistant import Gemma4AssistantMaskedEmbedder
@@ -131,6 +132,32 @@ class Learner(nn.Module):
             for name, mine in layer.named_parameters():
                 if name.endswith("proj.weight") and name in like and like[name].shape == mine.shape:
                     mine.copy_(like[name])
+
+    @torch.no_grad()
+    def adopt(self, folder: Path) -> None:
+        """Takes over what a drafter in `folder` has learnt, but for attention to layers that this one does not read.
+
+        Raises:
+            UserError: there is no drafter of this shape.
+        """
+        try:
+            learnt = load_file(folder / "model.safetensors")
+            before = json.loads((folder / "config.json").read_text(encoding="utf-8"))["target_kv_layers"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder} holds no drafter to begin with: {error}") from error
+        own = dict(self.assistant.named_parameters())
+        for i, (kind, layer) in enumerate(self.assistant.config.target_kv_layers.items()):
+            if before.get(kind) != layer:
+                learnt = {name: value for name, value in learnt.items() if f"layers.{i}.self_attn." not in name}
+        for name, value in learnt.items():
+            if name not in own or name == "model.embed_tokens.weight":  # lists, and the head that is the target's
+                continue
+            if own[name].shape != value.shape:
+                raise UserError(
+                    f"The drafter in {folder} has another shape: {name} is {list(value.shape)} there and "
+                    f"{list(own[name].shape)} here."
+                )
+            own[name].copy_(value)
 
 
 @torch.no_grad()

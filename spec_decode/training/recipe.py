@@ -32,7 +32,8 @@ Say = Callable[[str], None]
 class Recipe:
     """What `train-drafter` was asked for. tokens: to write. data, held_out: JSON Lines of {"prompt"} to write from
     (None lets the target invent them) and to keep out. head: whether the checkpoint holds the head, which is the
-    target's; transformers alone needs it there. only: "data", "train" or None for both."""
+    target's; transformers alone needs it there. init: a drafter of the same shape to begin with. only: "data", "train"
+    or None for both."""
 
     target: str
     out: Path
@@ -45,6 +46,7 @@ class Recipe:
     centroids: int = 1024
     chosen: int = 32
     head: bool = True
+    init: Path | None = None
     only: str | None = None
     device: str = "cpu"
 
@@ -76,8 +78,11 @@ def run(recipe: Recipe, training: Training, writing: Writing, say: Say) -> dict[
     model = load_model(path, place, "float32")  # writing may have made it int8
     intermediate = recipe.intermediate or model.config.get_text_config().intermediate_size
     torch.manual_seed(training.seed)
-    learner = Learner(model, Shape(intermediate, tuple(layers), 0, recipe.chosen)).to(place)
+    learner = Learner(model, Shape(intermediate, tuple(layers), 0, recipe.chosen))
     del model
+    if recipe.init:
+        learner.adopt(recipe.init)
+    learner.to(place)
     train(learner, [texts], recipe.work, training, say)
     return finish(learner.to("cpu"), [texts], recipe, training, say)
 

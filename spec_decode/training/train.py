@@ -14,7 +14,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Training:
     brought to zero over the last `cooldown` share of them. unroll: draft steps. vocabulary: most tokens that compete
     in the softmax of one update. stray: share of refused rounds that go on. prompt: share of the rounds in user turns
     that are learnt from. regression: weight of the distance between the hidden state fed back and the target's.
+    average: updates that the weights which are judged and saved are averaged over, exponentially.
     validation: share of the texts that are not learnt from. patience: checks without progress before it stops.
     """
 
@@ -51,6 +53,7 @@ class Training:
     stray: float = 0.1
     prompt: float = 0.3
     regression: float = 0.2
+    average: int = 200
     validation: float = 0.03
     check: int = 250
     patience: int = 8
@@ -159,10 +162,10 @@ def chains(learner: Learner, batch: Batch, steps: int, tokens: Tensor) -> list[l
     """
     head = learner.head[tokens]
     width = int((batch.lengths - batch.answers).max())
-    places = batch.answers[:, None] + torch.arange(width)
+    places = batch.answers[:, None] + torch.arange(width, device=batch.ids.device)
     real = places + 1 < batch.lengths[:, None]
     places = places.clamp_max(batch.ids.shape[1] - 1)
-    alive, run = real.clone(), torch.zeros(places.shape, dtype=torch.long)
+    alive, run = real.clone(), torch.zeros_like(places)
     process = rounds(learner, batch, steps, places, real)
     for step, (x, _, _, _) in enumerate(process):
         drafted = tokens[(x @ head.T).argmax(-1)]
@@ -179,7 +182,7 @@ def judge(learner: Learner, texts: Texts, chosen: list[int], steps: int, size: i
     tally: dict[str, list[int]] = {}
     for begin in range(0, len(chosen), size):
         part = chosen[begin : begin + size]
-        batch = texts.batch(part, learner.shape.layers)
+        batch = _moved(texts.batch(part, learner.shape.layers), learner.head.device)
         tokens = torch.cat([batch.top_ids[..., :8].flatten(), batch.ids.flatten()]).unique()
         for text, runs in zip(part, chains(learner, batch, steps, tokens), strict=True):
             for name in ("all", texts.categories[text]):
@@ -204,7 +207,9 @@ def judge(learner: Learner, texts: Texts, chosen: list[int], steps: int, size: i
 
 
 def train(learner: Learner, folders: list[Path], out: Path, training: Training, say: Say | None = None) -> float:
-    """Trains until `training.steps`, from `out`/state.pt if it is there; returns the last tokens per pass.
+    """Trains until `training.steps`, from `out`/state.pt if it is there; returns the best tokens per pass seen.
+
+    The learner ends with the average of its latest weights.
 
     Keeps in `out` state.pt (everything needed to go on exactly), curve.csv and curve.html. Texts that are written
     meanwhile join at the next pass over them.
@@ -217,6 +222,7 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
         {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, training.rate, (0.9, 0.98), weight_decay=training.weight_decay)
+    average = Average(learnt, training.average)
     rng = torch.Generator().manual_seed(training.seed)
     state = Progress()
     device = learner.head.device
@@ -225,6 +231,7 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
         loaded = torch.load(saved, map_location="cpu", weights_only=True)
         learner.load_state_dict(loaded["learner"], strict=False)  # all but what is the target's own
         optimizer.load_state_dict(loaded["optimizer"])
+        average.load(loaded["average"])
         rng.set_state(loaded["rng"])
         state = Progress(**loaded["state"])
         _trim_curve(out, state.step)
@@ -244,8 +251,7 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
             learning, judging = aside(texts, training.validation)
             continue
         state.shards = texts.shards
-        batch = texts.batch(batches[state.at], learner.shape.layers)
-        batch = _moved(batch, device)
+        batch = _moved(texts.batch(batches[state.at], learner.shape.layers), device)
         for group in optimizer.param_groups:
             group["lr"] = training.rate * _schedule(state.step, training)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -254,14 +260,15 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
+        average.update()
         losing = losing + loss.detach().cpu()
         for sums, count in zip(seen, counts, strict=False):
             sums[0], sums[1] = sums[0] + count[0], sums[1] + count[1]
         state.step, state.at, state.tokens = state.step + 1, state.at + 1, state.tokens + int(batch.lengths.sum())
         if state.step % training.check == 0 or state.step == training.steps:
-            learner.eval()
-            verdict = judge(learner.to("cpu"), texts, judging[:24], training.unroll)
-            learner.to(device).train()
+            with average.instead():
+                verdict = judge(learner.eval(), texts, judging[:24], training.unroll)
+            learner.train()
             reached = verdict["all"]["tokens_per_pass"] if verdict else 0.0
             state.seconds += time.perf_counter() - begun
             hits = [good / max(n, 1) for n, good in seen]
@@ -275,12 +282,57 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
             better = reached > state.best + 0.002
             state.best, state.stale = max(reached, state.best), 0 if better else state.stale + 1
             seen, losing, begun = [[0, 0] for _ in range(training.unroll)], torch.zeros(()), time.perf_counter()
-            _keep(saved, learner, optimizer, rng, state)
+            _keep(saved, learner, optimizer, average, rng, state)
             if state.stale >= training.patience:
                 say("No progress for a while: done")
                 break
+    average.settle()
     learner.eval()
     return state.best
+
+
+class Average:
+    """A moving average of parameters: what a falling learning rate would give, at any time.
+
+    horizon: updates it reaches back over, fewer at first.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], horizon: int) -> None:
+        self.parameters = parameters
+        self.values = [p.detach().clone() for p in parameters]
+        self.horizon = horizon
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        torch._foreach_lerp_(self.values, list(self.parameters), 1 / min(self.horizon, 1 + self.updates / 8))
+
+    @contextmanager
+    def instead(self) -> Iterator[None]:
+        """Inside, the parameters are the average."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def settle(self) -> None:
+        """The parameters become the average."""
+        self._swap()
+        self.values = [p.detach().clone() for p in self.parameters]
+
+    def load(self, kept: dict[str, Any]) -> None:
+        self.updates = int(kept["updates"])
+        for value, was in zip(self.values, kept["values"], strict=True):
+            value.copy_(was)
+
+    def kept(self) -> dict[str, Any]:
+        return {"updates": self.updates, "values": self.values}
+
+    def _swap(self) -> None:
+        for i, parameter in enumerate(self.parameters):
+            parameter.data, self.values[i] = self.values[i], parameter.data
 
 
 def _schedule(step: int, training: Training) -> float:
@@ -347,11 +399,19 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
     return Batch(**moved, kv={layer: (k.to(device), v.to(device)) for layer, (k, v) in batch.kv.items()})
 
 
-def _keep(path: Path, learner: Learner, optimizer: Any, rng: torch.Generator, state: Progress) -> None:
+def _keep(
+    path: Path, learner: Learner, optimizer: Any, average: Average, rng: torch.Generator, state: Progress
+) -> None:
     weights = {name: value for name, value in learner.state_dict().items() if "embed_tokens" not in name}
     weights = {name: value for name, value in weights.items() if not name.endswith("lm_head.weight")}
     part = path.with_suffix(".part")
-    kept = {"learner": weights, "optimizer": optimizer.state_dict(), "rng": rng.get_state(), "state": asdict(state)}
+    kept = {
+        "learner": weights,
+        "optimizer": optimizer.state_dict(),
+        "average": average.kept(),
+        "rng": rng.get_state(),
+        "state": asdict(state),
+    }
     torch.save(kept, part)
     os.replace(part, path)
 

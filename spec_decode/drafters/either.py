@@ -1,0 +1,64 @@
+"""Two drafters, one after the other's fashion: prompt lookup where the text repeats itself, another where it does not.
+
+A match that lookup finds costs nothing to find and nothing to judge: what the target went on to say tells whether it
+was right, used or not. So each round goes to whichever of the two has lately been right more often, lookup's matches
+of every length judged apart. Whole drafts come from one or the other, so every rule stays exactly what it was.
+"""
+
+from __future__ import annotations
+
+from ..settings import Settings
+from ..target import Pass
+from . import Draft, Drafter
+from .lookup import LookupDrafter
+
+DECAY = 0.9
+# Share of first drafts expected to be right before any was seen, and the rounds that this counts for.
+AT_FIRST = {"other": 0.5, 2: 0.4, 3: 0.6, 4: 0.75}
+WEIGHT = 3.0
+
+
+class EitherDrafter:
+    """Drafts with `lookup` or with `other`, whichever is likelier to be right now."""
+
+    def __init__(self, other: Drafter, lookup: LookupDrafter) -> None:
+        self.other = other
+        self.lookup = lookup
+        self.name = f"{other.name}+{lookup.name}"
+        self.needs_hidden = other.needs_hidden
+
+    def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
+        self.lookup.start(prompt, settings, capacity)
+        self.other.start(prompt, settings, capacity)
+        self.right = {source: WEIGHT * share for source, share in AT_FIRST.items()}
+        self.tried = dict.fromkeys(AT_FIRST, WEIGHT)
+        self.asked = False  # the other made the latest draft
+
+    def extend(self, tokens: list[int], target: Pass) -> None:
+        size, continuation = self.lookup.match(1)
+        if size:
+            self._learn(size, continuation[0] == tokens[0])
+        if self.asked:
+            self._learn("other", len(tokens) > 1)  # known without waiting for the device
+            self.asked = False
+        self.lookup.extend(tokens, target)
+        self.other.extend(tokens, target)
+
+    def draft(self, length: int) -> Draft:
+        size, _ = self.lookup.match(1)
+        if size and self.rate(size) >= self.rate("other"):
+            return self.lookup.draft(length)
+        self.asked = True
+        return self.other.draft(length)
+
+    def close(self) -> None:
+        self.lookup.close()
+        self.other.close()
+
+    def rate(self, source: str | int) -> float:
+        """Share of its latest drafts whose first token was right; `source` is "other" or the length of a match."""
+        return self.right[source] / self.tried[source]
+
+    def _learn(self, source: str | int, right: bool) -> None:
+        self.right[source] = DECAY * self.right[source] + right
+        self.tried[source] = DECAY * self.tried[source] + 1
