@@ -81,7 +81,8 @@ def helper() -> memory.Part:
         ("gemma-4-31B", 24, "--pair gemma-4-12B --quantize int8 would fit"),
         ("gemma-4-12B", 20, "--quantize int8 would fit"),
         ("gemma-4-12B", 11.5, "--quantize nf4 would fit"),
-        ("gemma-4-E4B", 8.5, "--pair gemma-4-E2B --quantize nf4 would fit"),
+        ("gemma-4-E4B", 8.5, "--pair gemma-4-E2B --quantize int8 would fit"),
+        ("gemma-4-E4B", 7.5, "--pair gemma-4-E2B --quantize nf4 would fit"),
         ("gemma-4-E2B", 2, "nothing of this kind would fit"),
     ],
 )
