@@ -4,7 +4,8 @@
     python docs/gpu_check.py --pairs gemma-4-12B --bitsandbytes target=nf4
     python docs/gpu_check.py --tiny --device cpu            # the same steps at a size that any machine can run
 
-In: shapes from the catalog; no download, since the weights are random. Out: device and versions, then a line a race:
+In: shapes from the catalog; no download, since the weights are random (they pass through a temporary directory: 15 GB
+for E4B). Out: device and versions, then a line a race:
 what ran, how fast, and whether the lanes agree. Draws at temperature 1 under the coupled rule, and greedily; lanes of
 tiny pairs in float32 must be identical, and all must end. In bfloat16 the two lanes may part at a near-tie, which
 random weights are full of, so there it is told and not judged. Exit code 1 if anything failed. Figures of random
@@ -121,6 +122,9 @@ def write(home: Path, pair: Iterable[transformers.PreTrainedModel]) -> None:
 def race(name: str, home: Path, device: torch.device, how: str | None, dtype: str, context: int) -> bool:
     """Loads the pair that `write` left, races it greedily and sampled, and prints a line for each."""
     passed = True
+    gc.collect()  # of what was made or raced before
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     try:
         pair = models.load_pair(
             str(home / "target"), str(home / "drafter"), device=str(device), dtype=dtype, quantize=how
@@ -140,14 +144,10 @@ def race(name: str, home: Path, device: torch.device, how: str | None, dtype: st
                 f"{'lanes identical' if report['identical'] else 'lanes part'}",
                 flush=True,
             )
-        del pair, run
     except Exception:  # the next one may run
         traceback.print_exc()
         print(f"FAIL {name:28} {dtype} {how or ''}", flush=True)
         passed = False
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return passed
 
 

@@ -119,10 +119,11 @@ def free(part: Part) -> int:
 
 
 def free_on(device: torch.device, spread: bool = False) -> int:
-    """Bytes free on `device`; with `spread`, on all GPUs together."""
+    """Bytes free on `device`; with `spread`, on all GPUs together. What PyTorch keeps there for reuse is free."""
     if device.type == "cuda":
         gpus = range(torch.cuda.device_count()) if spread else [device]
-        return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
+        kept = sum(torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu) for gpu in gpus)
+        return kept + sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     return int(psutil.virtual_memory().available)
 
 
