@@ -4,7 +4,8 @@ In: what a visitor typed after `--pair`, `--target` or `--quantize`. Out: names 
 sentence with the nearest real name. Knows shapes, so that memory can be estimated before a byte is fetched; imports
 neither torch nor transformers.
 
-The shapes are those of MaxText's configurations, published by Google (docs/gemma4.md has the addresses).
+The targets' shapes are those of MaxText's configurations, published by Google; the drafters' those of their own
+configurations (docs/gemma4.md has the addresses).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .errors import SettingsError, UserError
 EMBEDDED = "embedded"
 PRECISIONS = ("int8", "nf4")
 ATTENTION = ("sdpa", "eager")
+DRAFT_LENGTH = 6  # `num_assistant_tokens` in the generation config of each of Google's drafters
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,35 @@ class Entry:
     @property
     def drafter(self) -> str:
         return f"{self.target}-assistant"
+
+    @property
+    def drafter_kind(self) -> str:
+        """`model_type` of the drafter."""
+        return self.kind.replace("text", "assistant")
+
+    @property
+    def drafter_shape(self) -> dict[str, Any]:
+        """Of the drafter, as its configuration class takes it: four layers with the attention heads of the target's
+        keys and values, small and with centroids where the target shares keys and values between layers."""
+        small = "num_kv_shared_layers" in self.shape
+        same = ("num_key_value_heads", "num_global_key_value_heads", "attention_k_eq_v", "sliding_window")
+        text = {name: self.shape[name] for name in (*same, "max_position_embeddings") if name in self.shape}
+        text |= {
+            "model_type": self.kind,
+            "num_hidden_layers": 4,
+            "num_kv_shared_layers": 4,
+            "hidden_size": 256 if small else 1024,
+            "intermediate_size": 2048 if small else 8192,
+            "num_attention_heads": 4 if small else self.shape["num_attention_heads"],
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        }
+        if self.kind == "gemma4_text":
+            text |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+        return {
+            "text_config": text,
+            "backbone_hidden_size": self.shape["hidden_size"],
+            "use_ordered_embeddings": small,
+        }
 
 
 def _shape(

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from . import catalog, cpu
 from .drafters.mtp import MODEL_TYPES
-from .errors import ModelError
+from .errors import ModelError, is_out_of_memory
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -62,7 +62,7 @@ def read_config(path: str, revision: str | None = None) -> Any:
     Raises:
         ModelError: it cannot be found, fetched or read.
     """
-    with _OneSentence(path, revision):
+    with _OneSentence(path, revision, "config"):
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     if config.model_type not in _TOWERS:
         return config
@@ -78,7 +78,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     Raises:
         ModelError: it cannot be found, fetched or read.
     """
-    with _OneSentence(path, revision):
+    with _OneSentence(path, revision, "tokenizer"):
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
 
 
@@ -182,11 +182,13 @@ def _quiet() -> Iterator[None]:
 
 
 class _OneSentence:
-    """Turns what transformers and the Hub raise while loading `name` into a `ModelError` that says what to do."""
+    """Turns what transformers and the Hub raise while loading `part` of `name`, its "config", "tokenizer" or
+    "weights", into a `ModelError` that says what to do."""
 
-    def __init__(self, name: str, revision: str | None = None) -> None:
+    def __init__(self, name: str, revision: str | None = None, part: str = "weights") -> None:
         self.name = name
         self.revision = revision
+        self.part = part
 
     def __enter__(self) -> None:
         pass
@@ -200,38 +202,47 @@ class _OneSentence:
         chain: list[BaseException] = [error]
         while chain[-1].__cause__ or chain[-1].__context__:
             chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
-        kinds = {type(link).__name__ for link in chain}
-        status = {getattr(getattr(link, "response", None), "status_code", None) for link in chain}
+        kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
+        status: set[int] = {getattr(getattr(link, "response", None), "status_code", 0) for link in chain}
         name = self.name
         near = catalog.suggestion(name)
         instead = f"; the nearest real name is {near}" if near else ""
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        if is_out_of_memory(error):
             return f"{name} does not fit into memory; quantize it, or choose a smaller model or dtype."
         if "GatedRepoError" in kinds:
             return f"{name} is gated: accept its licence on its Hub page and log in with `hf auth login`."
         if "RevisionNotFoundError" in kinds:
             return f"{name} has no revision {self.revision!r}; name a branch, a tag or a commit of it."
         if Path(name).is_dir():
-            return f"{name} is not a usable safetensors checkpoint of a causal language model: {_first_line(error)}"
+            return self._unusable(error)
+        if Path(name).is_absolute() or name.startswith((".", "~")):
+            return f"There is no directory {name!r} on this disk."
         if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
             private = " (a private one needs `hf auth login`)"
             return f"There is no model {name!r} on the Hub or on this disk{instead or private}."
         if 401 in status:
             return f"The Hub does not accept your token, so {name} cannot be read; log in anew with `hf auth login`."
-        if kinds & {
-            "OfflineModeIsEnabled",
-            "LocalEntryNotFoundError",
-            "ConnectionError",
-            "ConnectError",
-            "ConnectTimeout",
-        }:
+        if 403 in status:
+            return f"Your token may not read {name}; give it access to gated repositories on the Hub."
+        if busy := [code for code in status if code == 429 or code >= 500]:
+            return f"The Hugging Face Hub answers with error {busy[0]}, so {name} cannot be read; try again later."
+        if kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "TransportError", "ConnectionError"}:
             pinned = f" at revision {self.revision}" if self.revision else ""
             return (
                 f"{name}{pinned} is not on this disk and the Hugging Face Hub cannot be reached; check the network or "
                 f"the path{instead}."
             )
-        return f"{name} could not be loaded: {_first_line(error)}"
+        return self._unusable(error)
+
+    def _unusable(self, error: Exception) -> str:
+        """It is there, and something in it is missing or broken."""
+        if self.part == "tokenizer":
+            return f"{self.name} has no tokenizer that can be read; it takes a tokenizer.json beside its weights."
+        if self.part == "config":
+            return f"{self.name} has no config.json that can be used: {_first_line(error)}"
+        return f"{self.name} is not a usable safetensors checkpoint of a causal language model: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :,")
+    return line if line.endswith(".") else f"{line}."

@@ -30,3 +30,12 @@ class ModelError(UserError):
 
 class OutOfMemory(UserError):
     """The device ran out of memory; what was running has ended and its memory is free again."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a library says with `error` that memory ran out: PyTorch has a class for it on accelerators, and only
+    words on the CPU and where CUDA itself or cuBLAS was refused."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error).lower()
+    return any(words in said for words in ("out of memory", "not enough memory", "allocate memory", "alloc_failed"))

@@ -22,39 +22,41 @@ def listing(device: torch.device, room: float | None = None) -> list[dict[str, A
     free = memory.free_on(device) if room is None else int(room * memory.GB)
     rows = []
     for entry in catalog.GEMMA4:
-        model = memory.of_catalog(entry)
-        held = {name: memory.weights(model, torch.bfloat16, name) for name in (None, *catalog.PRECISIONS)}
-        rows.append(
-            {
-                "pair": entry.name,
-                "target": entry.target,
-                "drafter": entry.drafter,
-                "class": type(model).__name__,
-                "parameters": sum(weight.numel() for weight in model.parameters()),
-                "bytes": {name or "bfloat16": size for name, size in held.items()},
-                "cache_bytes_per_token": memory.cache_per_token(model, torch.bfloat16),
-                "draft_length": advised_length(entry.drafter),
-                "fits": memory.best_fit(entry, free),
-                "note": entry.note,
-            }
-        )
+        models = {"target": memory.of_catalog(entry), "drafter": memory.drafter_of_catalog(entry)}
+        row: dict[str, Any] = {"pair": entry.name, "target": entry.target, "drafter": entry.drafter}
+        for who, model in models.items():
+            prefix = "" if who == "target" else "drafter_"
+            held = {name: memory.weights(model, torch.bfloat16, name) for name in (None, *catalog.PRECISIONS)}
+            row[f"{prefix}class"] = type(model).__name__
+            row[f"{prefix}parameters"] = sum(weight.numel() for weight in model.parameters())
+            row[f"{prefix}bytes"] = {name or "bfloat16": size for name, size in held.items()}
+        row["cache_bytes_per_token"] = memory.cache_per_token(models["target"], torch.bfloat16)
+        row["draft_length"] = advised_length(entry.drafter) or catalog.DRAFT_LENGTH
+        row["fits"] = memory.best_fit(entry, free)
+        row["note"] = entry.note
+        rows.append(row)
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """`listing` for the eye."""
-    lines = [
-        f"{'pair':16} {'parameters':>10} {'bfloat16':>9} {'int8':>9} {'nf4':>9} {'cache/1k':>9} {'draft':>6}  fits in"
-    ]
+    heads = ("bfloat16", "int8", "nf4", "cache/1k", "drafter")
+    lines = [f"{'pair':16} {'parameters':>10} " + " ".join(f"{head:>9}" for head in heads) + f" {'draft':>6}  fits in"]
     for row in rows:
-        sizes = " ".join(f"{memory.gigabytes(size):>9}" for size in row["bytes"].values())
-        cache = f"{row['cache_bytes_per_token'] / 1000:.0f} MB"
-        draft, fits = row["draft_length"] or "–", row["fits"] or "–"
-        lines.append(f"{row['pair']:16} {row['parameters'] / 1e9:>9.1f}B {sizes} {cache:>9} {draft:>6}  {fits}")
-    lines += ["", *(f"{row['pair']}: {row['target']} + {row['drafter']}; {row['note']}." for row in rows)]
+        sizes = [memory.gigabytes(size) for size in row["bytes"].values()]
+        sizes.append(f"{row['cache_bytes_per_token'] / 1000:.0f} MB")
+        sizes.append(memory.gigabytes(row["drafter_bytes"]["bfloat16"]))
+        cells = " ".join(f"{size:>9}" for size in sizes)
+        lines.append(
+            f"{row['pair']:16} {row['parameters'] / 1e9:>9.1f}B {cells} {row['draft_length']:>6}  {row['fits'] or '–'}"
+        )
+    for row in rows:
+        lines += ["", f"{row['pair']}: {row['note']}"]
+        lines += [f"  {row[who]} ({row[kind]})" for who, kind in (("target", "class"), ("drafter", "drafter_class"))]
     lines += [
         "",
-        "Weights of the text model; a drafter adds at most 1 GB, and two lanes of 4,096 tokens their caches and some",
-        "workspace: `fits in` counts them all. draft: the drafter's own draft length, known once it was downloaded.",
+        "bfloat16, int8, nf4: weights of the target's text model; drafter: its weights in bfloat16. `fits in` counts",
+        "both, the caches of two lanes of 4,096 tokens, and some workspace. draft: the draft length in the drafter's",
+        "generation config.",
     ]
     return "\n".join(lines)

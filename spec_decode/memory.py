@@ -23,7 +23,6 @@ from .settings import MAX_DRAFT_LENGTH
 
 ROOM = 4096  # positions a lane is given room for
 LANES = 2
-DRAFTER = 10**9  # bytes: more than the largest Gemma 4 drafter takes in bfloat16
 GB = 1e9
 
 
@@ -120,10 +119,11 @@ def free(part: Part) -> int:
 
 
 def free_on(device: torch.device, spread: bool = False) -> int:
-    """Bytes free on `device`; with `spread`, on all GPUs together."""
+    """Bytes free on `device`; with `spread`, on all GPUs together. What PyTorch keeps there for reuse is free."""
     if device.type == "cuda":
         gpus = range(torch.cuda.device_count()) if spread else [device]
-        return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
+        kept = sum(torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu) for gpu in gpus)
+        return kept + sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     return int(psutil.virtual_memory().available)
 
 
@@ -156,9 +156,9 @@ def _needed(part: Part, *parts: Part | None) -> int:
     return sum(other.need.total for other in parts if other and other.device == part.device)
 
 
-def _fits(target: Part, drafter: Part | None, free: Callable[[Part], int], more: int = 0) -> bool:
+def _fits(target: Part, drafter: Part | None, free: Callable[[Part], int]) -> bool:
     parts = [part for part in (target, drafter) if part]
-    return all(_needed(part, *parts) + more <= free(part) for part in parts)
+    return all(_needed(part, *parts) <= free(part) for part in parts)
 
 
 def _alternative(target: Part, drafter: Part | None, free: Callable[[Part], int]) -> str | None:
@@ -185,8 +185,9 @@ def _alternative(target: Part, drafter: Part | None, free: Callable[[Part], int]
         other = of_catalog(entry)
         if weights(other, target.dtype) >= size:
             continue
+        helper = Part(drafter_of_catalog(entry), target.device, target.dtype, caches=False)
         for choice in (None, *PRECISIONS):
-            if _fits(replace(target, model=other, precision=choice), None, free, DRAFTER):
+            if _fits(replace(target, model=other, precision=choice), helper, free):
                 return f"--pair {entry.name}" + (f" --quantize {choice}" if choice else "")
     return None
 
@@ -196,11 +197,17 @@ def of_catalog(entry: Entry) -> PreTrainedModel:
     return empty(CONFIG_MAPPING[entry.kind](**entry.shape))
 
 
+def drafter_of_catalog(entry: Entry) -> PreTrainedModel:
+    """The drafter of a catalog entry, without storage."""
+    return empty(CONFIG_MAPPING[entry.drafter_kind](**entry.drafter_shape))
+
+
 def best_fit(entry: Entry, room: int) -> str | None:
     """The highest precision in which a pair of the catalog fits into `room` bytes, or None."""
     part = Part(of_catalog(entry), torch.device("meta"), torch.bfloat16)
+    helper = Part(drafter_of_catalog(entry), torch.device("meta"), torch.bfloat16, caches=False)
     for precision in (None, *PRECISIONS):
-        if replace(part, precision=precision).need.total + DRAFTER <= room:
+        if _fits(replace(part, precision=precision), helper, lambda _: room):
             return precision or "bfloat16"
     return None
 

@@ -35,7 +35,7 @@ from .drafters.either import EitherDrafter
 from .drafters.lookup import LookupDrafter
 from .drafters.model import ModelDrafter, check_same_vocabulary
 from .drafters.mtp import MTPDrafter
-from .errors import ModelError
+from .errors import ModelError, is_out_of_memory
 from .events import Costs
 from .settings import MAX_DRAFT_LENGTH, Settings
 from .target import Target
@@ -119,8 +119,14 @@ class Pair:
         """
         source, beside = _drafter_source(name, self.name, self.target.config)
         _check_memory(self.plan, self.name, None, source)
-        self.drafter = _load_drafter(source, beside, self.target, self.tokenizer, self.plan)
-        self.costs = measure_costs(self.target, self.drafter)
+        try:
+            drafter = _load_drafter(source, beside, self.target, self.tokenizer, self.plan)
+            costs = measure_costs(self.target, drafter)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ModelError("The drafter ran out of memory while it was loaded; the one before it stays.") from error
+        self.drafter, self.costs = drafter, costs
 
 
 def load_pair(
@@ -195,7 +201,9 @@ def load_pair(
         pair.costs = measure_costs(lead, helper)
     except ValueError as error:  # a cache that cannot roll back
         raise ModelError(f"{target} cannot be raced: {error}.") from error
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise ModelError(
             f"{name} ran out of memory while it was loaded; quantize it, or choose a smaller one."
         ) from error

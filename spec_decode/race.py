@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ import torch
 
 from . import decode
 from .draft_length import controller
-from .errors import OutOfMemory, PromptError
+from .errors import OutOfMemory, PromptError, is_out_of_memory
 from .events import BASELINE, SPECULATIVE, Round, Trace
 from .settings import Settings
 from .text import TextStream, encode_chat
@@ -81,16 +82,14 @@ class Race:
                 clocks[lane] = done.clock
                 self.rounds.append(done)
                 yield done
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold what the pass had computed
             self.close()
             raise OutOfMemory(
                 "The device ran out of memory; try a shorter prompt, fewer new tokens or a smaller pair."
             ) from error
-        except RuntimeError as error:
-            if "memory" not in str(error).lower():  # the CPU allocator raises a bare RuntimeError
-                raise
-            self.close()
-            raise OutOfMemory("The machine ran out of memory during the race; try fewer new tokens.") from error
         finally:
             self.close()
 

@@ -131,11 +131,24 @@ def test_parameters_are_those_of_the_model_card() -> None:
         assert stored - 0.7 < billions[name] < stored
 
 
+def test_drafters_are_as_large_as_published() -> None:
+    """78 and 78.5 million parameters for E2B and E4B, 0.94 GB in bfloat16 for 31B, and never more than the target."""
+    rows = {row["pair"]: row for row in listing(torch.device("cpu"), room=24)}
+    assert rows["gemma-4-E2B"]["drafter_parameters"] == pytest.approx(78e6, rel=0.005)
+    assert rows["gemma-4-E4B"]["drafter_parameters"] == pytest.approx(78.518e6, abs=500)
+    assert rows["gemma-4-31B"]["drafter_bytes"]["bfloat16"] == pytest.approx(0.94e9, abs=0.005e9)
+    assert rows["gemma-4-12B"]["class"] == "Gemma4UnifiedForCausalLM"
+    assert rows["gemma-4-12B"]["drafter_class"] == "Gemma4UnifiedAssistantForCausalLM"
+    for row in rows.values():
+        assert row["drafter_bytes"]["nf4"] < row["drafter_bytes"]["int8"] < row["drafter_bytes"]["bfloat16"]
+        assert row["draft_length"] == 6
+
+
 def test_models_prints_every_pair_and_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "--memory", "24"]) == 0
     table = capsys.readouterr().out
     for entry in catalog.GEMMA4:
-        assert f"{entry.target} + {entry.drafter}" in table
+        assert f"{entry.target} (Gemma4" in table and f"{entry.drafter} (Gemma4" in table
     fits = {row["pair"]: row["fits"] for row in listing(torch.device("cpu"), room=24)}
     assert fits["gemma-4-E2B"] == "bfloat16" and fits["gemma-4-12B"] == "int8" and fits["gemma-4-26B-A4B"] is None
     assert {row["fits"] for row in listing(torch.device("cpu"), room=1)} == {None}

@@ -81,7 +81,8 @@ def helper() -> memory.Part:
         ("gemma-4-31B", 24, "--pair gemma-4-12B --quantize int8 would fit"),
         ("gemma-4-12B", 20, "--quantize int8 would fit"),
         ("gemma-4-12B", 11.5, "--quantize nf4 would fit"),
-        ("gemma-4-E4B", 8.5, "--pair gemma-4-E2B --quantize nf4 would fit"),
+        ("gemma-4-E4B", 8.5, "--pair gemma-4-E2B --quantize int8 would fit"),
+        ("gemma-4-E4B", 7.5, "--pair gemma-4-E2B --quantize nf4 would fit"),
         ("gemma-4-E2B", 2, "nothing of this kind would fit"),
     ],
 )
@@ -125,3 +126,12 @@ def test_half_precision_is_advised_before_quantizing() -> None:
 
 def test_free_memory_of_this_machine() -> None:
     assert 10**8 < memory.free_on(CPU) < 10**14
+
+
+def test_what_pytorch_keeps_on_a_gpu_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 40)
+    gpu = torch.device("cuda", 0)
+    assert (memory.free_on(gpu), memory.free_on(gpu, spread=True)) == (130, 260)

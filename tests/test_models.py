@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,24 @@ def test_an_incomplete_checkpoint_is_refused(pair_dir: Path, tmp_path: Path) -> 
         load_model(str(tmp_path / "target"), CPU, "float32")
 
 
+def test_a_missing_file_is_one_sentence(pair_dir: Path, tmp_path: Path) -> None:
+    for broken, sentence in (
+        ("config.json", "has no config.json that can be used"),
+        ("tokenizer.json", "has no tokenizer that can be read; it takes a tokenizer.json beside its weights."),
+        ("model.safetensors", "is not a usable safetensors checkpoint"),
+    ):
+        home = tmp_path / broken
+        for damage in (lambda file: file.unlink(), lambda file: file.write_bytes(b"{")):
+            shutil.copytree(pair_dir / "target", home, dirs_exist_ok=True)
+            damage(home / broken)
+            with pytest.raises(ModelError) as caught:
+                models.load_pair(str(home), "lookup", device="cpu")
+            told = str(caught.value)
+            assert told.startswith(f"{home} {sentence}") and "\n" not in told and told.endswith(".")
+    with pytest.raises(ModelError, match=r"^There is no directory '.*nowhere' on this disk\.$"):
+        models.load_pair(str(tmp_path / "nowhere"), device="cpu")
+
+
 def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}})
@@ -235,25 +255,83 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(pair_dir: Path, monkey
         pair.use_drafter(str(pair_dir / "assistant"))
 
 
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to …"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+def fail_at(call: int, forward: Any, error: Exception, held: list[Any] | None = None) -> Any:
+    """`forward`, but its `call`-th call raises, with a tensor in hand that `held` has a weak reference to."""
+    calls = iter(range(10**6))
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            activations = torch.zeros(1000)
+            if held is not None:
+                held.append(weakref.ref(activations))
+            raise error
+        return forward(*args, **options)
+
+    return failing
+
+
 def test_memory_that_runs_out_ends_the_race_and_not_the_pair(pair_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = load(pair_dir)
-    for model in (pair.drafter.model.model, pair.target.model):  # type: ignore[attr-defined]
-        forward, calls = model.forward, iter(range(100))
+    for error in OUT_OF_MEMORY:
+        for model in (pair.drafter.model.model, pair.target.model):  # type: ignore[attr-defined]
+            held: list[Any] = []
+            with monkeypatch.context() as patch:
+                patch.setattr(model, "forward", fail_at(3, model.forward, error, held))
+                race = Race(pair, PROMPT, Settings(max_new_tokens=20, draft_length=3))
+                with pytest.raises(OutOfMemory, match="out of memory"):
+                    list(race)
+            assert held[0]() is None, "what the pass had computed is free although the error is still around"
+            assert "cancelled" in race.trace.finish.values() and pair.drafter.seen is None  # type: ignore[attr-defined]
+            again = Race(pair, PROMPT, Settings(max_new_tokens=20, draft_length=3))
+            list(again)
+            assert again.trace.identical
 
-        def failing(*args: Any, forward: Any = forward, calls: Any = calls, **options: Any) -> Any:
-            if next(calls) == 3:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-            return forward(*args, **options)
 
+def test_not_every_error_that_speaks_of_memory_is_a_lack_of_it(pair_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, error = load(pair_dir), RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(pair.target.model, "forward", fail_at(3, pair.target.model.forward, error))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(Race(pair, PROMPT, Settings(max_new_tokens=20)))
+
+
+def test_the_app_goes_on_after_memory_ran_out(pair_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the engine and the stream of the page: in a race, and while a drafter is loaded."""
+    from spec_decode.ui.engine import Engine
+    from spec_decode.ui.feed import Feed
+    from spec_decode.ui.run import Asked, run
+
+    pair = load(pair_dir)
+    engine = Engine(lambda _: pair, Race, ("lookup",), own=str(pair_dir / "assistant"))
+    engine.start()
+    while engine.status().phase == "loading":
+        time.sleep(0.01)
+    asked = Asked("v", PROMPT, Settings(max_new_tokens=20))
+
+    def finished() -> bool:
+        trace = list(run(engine, asked, Feed()))[-1].trace
+        return trace is not None and trace.identical and trace.pair["drafter"] == "assistant"
+
+    for error in OUT_OF_MEMORY:
         with monkeypatch.context() as patch:
-            patch.setattr(model, "forward", failing)
-            race = Race(pair, PROMPT, Settings(max_new_tokens=20, draft_length=3))
-            with pytest.raises(OutOfMemory, match="out of memory"):
-                list(race)
-        assert "cancelled" in race.trace.finish.values() and pair.drafter.seen is None  # type: ignore[attr-defined]
-        again = Race(pair, PROMPT, Settings(max_new_tokens=20, draft_length=3))
-        list(again)
-        assert again.trace.identical
+            patch.setattr(pair.target.model, "forward", fail_at(5, pair.target.model.forward, error))
+            last = list(run(engine, asked, Feed()))[-1]
+        assert "out of memory" in str(last.problem) and json.loads(last.batch)["phase"] == "failed"
+        assert last.trace is not None and last.trace.rounds, "what came before is kept"
+        assert finished()
+    list(run(engine, replace(asked, drafter="lookup"), Feed()))
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "measure_costs", fail_at(0, models.measure_costs, OUT_OF_MEMORY[0]))
+        with pytest.raises(ModelError, match="ran out of memory while it was loaded"):
+            list(run(engine, replace(asked, drafter="assistant"), Feed()))
+    assert pair.drafter.name == "lookup"
+    assert finished()
 
 
 # Chat
@@ -323,6 +401,12 @@ class Hub(BaseHTTPRequestHandler):
             code, kind = 401, ""
         elif name == "tiny/gated":
             code, kind = 403, "GatedRepo"
+        elif name == "tiny/closed":
+            code, kind = 403, ""
+        elif name == "tiny/busy":
+            code, kind = 501, ""  # one that its client does not try again
+        elif name == "tiny/hollow":
+            pass
         elif name not in ("tiny/target", "tiny/assistant"):
             kind = "RepoNotFound"
         elif revision and revision not in ("main", self.revision, self.old):
@@ -412,9 +496,12 @@ def test_a_pair_comes_from_the_hub_once_and_then_from_the_disk(hub: tuple[str, l
 @pytest.mark.slow
 def test_what_the_hub_refuses_is_one_sentence(hub: tuple[str, list[str]], tmp_path: Path) -> None:
     address, _ = hub
-    names = ["tiny/gated", "tiny/nothing", "google/gemma-4-9b-it"]
+    names = ["tiny/gated", "tiny/nothing", "google/gemma-4-9b-it", "tiny/closed", "tiny/hollow", "tiny/busy"]
     cases = [{"target": name} for name in names] + [{"drafter": "google/gemma-4-2b-it-draft"}]
-    gated, missing, misnamed, helper = elsewhere(tmp_path, cases, HF_ENDPOINT=address)
+    gated, missing, misnamed, closed, hollow, busy, helper = elsewhere(tmp_path, cases, HF_ENDPOINT=address)
+    assert closed.startswith("Your token may not read tiny/closed;")
+    assert hollow.startswith("tiny/hollow has no config.json that can be used")
+    assert busy == "The Hugging Face Hub answers with error 501, so tiny/busy cannot be read; try again later."
     assert "is gated: accept its licence" in gated
     assert (
         missing == "There is no model 'tiny/nothing' on the Hub or on this disk (a private one needs `hf auth login`)."
@@ -425,7 +512,7 @@ def test_what_the_hub_refuses_is_one_sentence(hub: tuple[str, list[str]], tmp_pa
     assert "does not accept your token" in refused
     (unreachable,) = elsewhere(tmp_path, [{}], HF_ENDPOINT="http://127.0.0.1:9")
     assert "the Hugging Face Hub cannot be reached" in unreachable
-    for sentence in (gated, missing, misnamed, helper, refused, unreachable):
+    for sentence in (gated, missing, misnamed, closed, hollow, busy, helper, refused, unreachable):
         assert "\n" not in sentence and sentence.endswith(".")
 
 

@@ -88,14 +88,14 @@ def test_greedy_equals_generate(kind: str, ordered: bool) -> None:
 AGREEABLE = [
     ("dense", False, 8, 3),
     ("dense", True, 8, 0),
-    ("shared", False, 8, 1),
-    ("shared", True, 8, 1),
-    ("k_eq_v", False, 8, 1),
+    ("shared", False, 8, 3),
+    ("shared", True, 8, 4),
+    ("k_eq_v", False, 16, 8),
     ("k_eq_v", True, 16, 1),
-    ("moe", False, 8, 0),
-    ("moe", True, 8, 3),
-    ("unified", False, 8, 3),
-    ("unified", True, 8, 0),
+    ("moe", False, 8, 9),
+    ("moe", True, 8, 1),
+    ("unified", False, 16, 8),
+    ("unified", True, 16, 1),
 ]
 
 
@@ -136,6 +136,21 @@ def test_coupled_lanes_are_identical(kind: str, ordered: bool) -> None:
         for lengths in (Fixed(1), Fixed(4), Adaptive(None)):
             baseline, speculative = race(target, drafter, lengths, LONG, settings)
             assert baseline == speculative
+
+
+@pytest.mark.parametrize("kind", tiny.GEMMA4)
+def test_keys_and_values_are_read_in_place(kind: str) -> None:
+    """Of the last layer of each kind that has its own, in the cache's own memory."""
+    target, drafter = pair(kind)
+    cache = target.new_cache(len(LONG))
+    drafter.start(LONG, Settings(), len(LONG))
+    drafter.extend([1], target.prefill(torch.tensor(LONG), cache, hidden=True))
+    shared, _ = drafter._view(len(LONG))
+    assert set(shared) == {"sliding_attention", "full_attention"}
+    for place, name in ((2, "sliding_attention"), (3, "full_attention")):
+        layer = cache.layers[place]
+        assert target.kinds[place] == name
+        assert [part.data_ptr() for part in shared[name]] == [layer.keys.data_ptr(), layer.values.data_ptr()]
 
 
 def test_tokens_outside_the_chosen_centroids_have_no_probability() -> None:
@@ -182,7 +197,10 @@ def chance(target: Target, drafter: MTPDrafter, length: int, temperature: float)
     return float(scipy.stats.chisquare(observed[kept].numpy(), expected[kept].numpy() / expected.sum() * TRIALS).pvalue)
 
 
-@pytest.mark.parametrize(("kind", "ordered", "length"), [("dense", False, 1), ("shared", True, 2), ("moe", False, 1)])
+@pytest.mark.parametrize(
+    ("kind", "ordered", "length"),
+    [("dense", False, 1), ("shared", True, 2), ("k_eq_v", True, 1), ("moe", False, 1), ("unified", False, 2)],
+)
 def test_rejection_is_exact(kind: str, ordered: bool, length: int) -> None:
     target, drafter = pair(kind, ordered, vocab_size=SMALL)
     assert chance(target, drafter, length, 1.0) > FALSE_ALARM

@@ -72,8 +72,9 @@ GEMMA4 = ["dense", "shared", "k_eq_v", "moe", "unified"]
 def gemma4(kind: str, seed: int = 0, ordered: bool = False, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A tiny random Gemma 4 target of a real shape and the assistant to it, float32.
 
-    dense; shared: E2B and E4B, later layers reuse keys and values and every layer has its own embedding; k_eq_v: one
-    projection for keys and values in full attention, fewer heads there; moe: 26B-A4B; unified: the classes of 12B.
+    dense; shared: E2B and E4B, later layers reuse keys and values, are twice as wide, and every layer has its own
+    embedding; k_eq_v: 31B, one projection for keys and values in full attention, fewer heads there; moe: 26B-A4B, the
+    same with a mixture of experts; unified: 12B, the same in classes of its own.
     """
     torch.manual_seed(seed)
     layers = 6 if kind == "shared" else 4
@@ -86,10 +87,11 @@ def gemma4(kind: str, seed: int = 0, ordered: bool = False, **changes: Any) -> t
         "layer_types": _SLIDING[:2] * (layers // 2),
         **changes,
     }
-    heads = {"attention_k_eq_v": True, "num_global_key_value_heads": 1} if kind == "k_eq_v" else {}
+    merged = kind in ("k_eq_v", "moe", "unified")
+    heads = {"attention_k_eq_v": True, "num_global_key_value_heads": 1} if merged else {}
     own: dict[str, Any] = {"hidden_size_per_layer_input": 0, **heads}
     if kind == "shared":
-        own |= {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
+        own |= {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "use_double_wide_mlp": True}
         own["vocab_size_per_layer_input"] = options["vocab_size"]
     if kind == "moe":
         own |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
@@ -98,7 +100,7 @@ def gemma4(kind: str, seed: int = 0, ordered: bool = False, **changes: Any) -> t
     target: PreTrainedModel
     assistant: PreTrainedModel
     if kind == "unified":
-        target = Gemma4UnifiedForCausalLM(Gemma4UnifiedTextConfig(**options))
+        target = Gemma4UnifiedForCausalLM(Gemma4UnifiedTextConfig(**options, **heads))
         assistant = Gemma4UnifiedAssistantForCausalLM(
             Gemma4UnifiedAssistantConfig(
                 text_config=Gemma4UnifiedTextConfig(**small), backbone_hidden_size=options["hidden_size"], **lists
