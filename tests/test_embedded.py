@@ -258,6 +258,18 @@ def test_a_wheel_by_hand(index: Index, wheel: Path, monkeypatch: pytest.MonkeyPa
     assert index.served == 0
 
 
+def test_the_gguf_file_itself_is_brought_once(
+    index: Index, wheel: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPEC_DECODE_WHEEL", str(wheel))
+    path = embedded.gguf()
+    assert path.read_bytes() == NOISE and kept(tmp_path / "cache") == {path.name}
+    path.write_bytes(b"damaged")
+    assert embedded.gguf().read_bytes() == NOISE
+    monkeypatch.setattr(embedded, "fetch_anyhow", never)
+    assert embedded.gguf() == path
+
+
 def test_without_pip_uv_brings_it(index: Index, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tool = tmp_path / "bin" / "uv"  # puts the noise where --target says, if asked for by the wheel's hash
     tool.parent.mkdir()

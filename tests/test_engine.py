@@ -336,3 +336,13 @@ def test_bench_refuses_what_it_cannot_use(tmp_path, pair):
             read_prompts(path)
     with pytest.raises(UserError, match="Unknown peer"):
         list(bench(pair, [], Settings(), ["abacus"]))
+
+
+def test_llama_cpp_is_a_peer_of_the_embedded_target_alone(checkpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    pair = models.load_pair(str(checkpoint), device="cpu")
+    with pytest.raises(ModelError, match="embedded target alone"):
+        list(bench(pair, [], Settings(), ["llama.cpp"]))
+    pair.name = "embedded"
+    with pytest.raises(ModelError, match="pip install xllamacpp"):
+        list(bench(pair, [], Settings(), ["llama.cpp"]))

@@ -18,6 +18,7 @@ from transformers import Gemma4AssistantForCausalLM
 from spec_decode import decode
 from spec_decode.draft_length import Fixed
 from spec_decode.drafters.mtp import MTPDrafter
+from spec_decode.errors import UserError
 from spec_decode.settings import Settings
 from spec_decode.target import Pass, Target
 from spec_decode.text import TextStream
@@ -188,6 +189,52 @@ class Stop:
     def __call__(self, line: str) -> None:
         if line.startswith(f"step {self.at + 40},"):
             raise KeyboardInterrupt
+
+
+def test_the_average_stands_in_and_leaves_again() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    average = train.Average([parameter], horizon=4)
+    values, expected = [1.0, 2.0, 4.0, 8.0] * 10, 0.0
+    for n, value in enumerate(values, 1):
+        parameter.data.fill_(value)
+        average.update()
+        expected += (value - expected) / min(4, 1 + n / 8)
+    with average.instead():
+        assert parameter.tolist() == pytest.approx([expected] * 2)
+    assert parameter.tolist() == [8.0, 8.0]
+    average.settle()
+    assert parameter.tolist() == pytest.approx([expected] * 2)
+    with torch.no_grad():
+        parameter.zero_()
+    with average.instead():
+        assert parameter.tolist() == pytest.approx([expected] * 2), "it no longer follows what it gave away"
+
+
+def test_a_drafter_goes_on_from_another(tmp_path: Path) -> None:
+    first = learner()
+    with torch.no_grad():
+        for parameter in first.assistant.parameters():
+            parameter.add_(1)
+    save(first, tmp_path, head=False, dtype=torch.float32)
+
+    second = learner()
+    second.adopt(tmp_path)
+    theirs = dict(first.assistant.named_parameters())
+    for name, mine in second.assistant.named_parameters():
+        # the head is the target's
+        assert torch.equal(mine, theirs[name]) == ("embed_tokens" not in name), name
+
+    elsewhere = learner(layers=(2, 3))
+    before = {name: value.clone() for name, value in elsewhere.assistant.named_parameters()}
+    elsewhere.adopt(tmp_path)
+    for name, mine in elsewhere.assistant.named_parameters():
+        own = "embed_tokens" in name or "layers.0.self_attn" in name
+        assert torch.equal(mine, (before if own else theirs)[name]), name
+
+    with pytest.raises(UserError, match="has another shape"):
+        learner(intermediate=32).adopt(tmp_path)
+    with pytest.raises(UserError, match="holds no drafter"):
+        learner().adopt(tmp_path / "nowhere")
 
 
 def test_a_round_is_what_inference_does(texts_folder: Path) -> None:

@@ -16,6 +16,7 @@ DECAY = 0.9
 # Share of first drafts expected to be right before any was seen, and the rounds that this counts for.
 AT_FIRST = {"other": 0.5, 2: 0.4, 3: 0.6, 4: 0.75}
 WEIGHT = 3.0
+FREE = 0.05  # by how much a draft that costs nothing may be the worse one
 
 
 class EitherDrafter:
@@ -46,7 +47,7 @@ class EitherDrafter:
 
     def draft(self, length: int) -> Draft:
         size, _ = self.lookup.match(1)
-        if size and self.rate(size) >= self.rate("other"):
+        if size and self.rate(size) >= self.rate("other") - FREE:
             return self.lookup.draft(length)
         self.asked = True
         return self.other.draft(length)
