@@ -10,7 +10,8 @@ import os
 import sys
 from typing import Any
 
-from spec_decode import flags, text
+from spec_decode import catalog, flags, text
+from spec_decode.catalog import EMBEDDED
 from spec_decode.errors import UserError
 from spec_decode.ui import Engine, build, launch_options
 
@@ -50,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
 
         return Race(*args, **options)
 
-    engine = Engine(load, race, drafters=("lookup",), own=arguments.choice["drafter"], thinking=arguments.thinking)
+    own, target = arguments.choice["drafter"], arguments.choice["target"]
+    mtp = ("mtp+lookup", "mtp") if target == EMBEDDED else ("mtp+lookup",) if catalog.find(target) else ()
+    engine = Engine(load, race, drafters=(*mtp, "lookup"), own=own, thinking=arguments.thinking)
     page = build(engine, arguments.max_queue)
     try:
         _, url, _ = page.launch(

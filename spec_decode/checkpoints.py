@@ -100,10 +100,10 @@ def load_assistant(path: str, device: torch.device, dtype: str, how: How | None 
         ModelError: it cannot be found, fetched, read or fitted.
     """
     model = _from_pretrained(path, device, dtype, how or How())
-    if dtype == "int8":
-        cpu.quantize_linears(model.model)
+    if dtype == "int8":  # beside an int8 target
+        cpu.quantize_one_row(model.model)
         for name in ("pre_projection", "post_projection"):
-            setattr(model, name, cpu.Int8Linear(getattr(model, name).weight))
+            setattr(model, name, cpu.OneRowLinear(getattr(model, name).weight))
     return model.eval().requires_grad_(False)
 
 

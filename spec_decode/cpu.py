@@ -98,6 +98,33 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, weight_levels=±{LEVELS}"
 
 
+class OneRowLinear(nn.Module):
+    """y = x Wᵀ for one row at a time: weights in 8 bits with a scale for every row of W, x in bfloat16.
+
+    At one row twice as fast as `Int8Linear` and nearer to float32; from two rows on slower, so it is for drafters.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        weight = weight.detach().float()
+        scale = (weight.abs().amax(1) / 127).clamp_min(1e-12).bfloat16()
+        quantized = (weight / scale.float()[:, None]).round().clamp(-128, 127).to(torch.int8)
+        self.weight = nn.Parameter(quantized, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch._weight_int8pack_mm(x.bfloat16().view(-1, x.shape[-1]), self.weight, self.scale)
+        return y.float().view(*x.shape[:-1], -1)
+
+
+def quantize_one_row(model: nn.Module) -> None:
+    """Makes the linear layers inside `model`, none of which has a bias, `OneRowLinear` in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, OneRowLinear(child.weight))
+
+
 class FusedLlamaLayer(nn.Module):
     """A `LlamaDecoderLayer` in half as many operations: joined projections, norm and quantization in one go.
 

@@ -29,7 +29,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pair", metavar="NAME", help=f"target and drafter by one name: {pairs}")
     parser.add_argument("--target", metavar="ID", help="embedded (default), a Hub id or a directory")
     parser.add_argument(
-        "--drafter", metavar="ID", help="lookup, mtp, a Hub id or a directory (default: the pair's own)"
+        "--drafter",
+        metavar="ID",
+        help="lookup, mtp, a Hub id or a directory, the last three also with +lookup behind (default: the pair's own)",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", default="auto", help="auto (default), int8 (CPU), float32, float16 or bfloat16")

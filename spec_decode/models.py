@@ -45,6 +45,7 @@ Say = Callable[[str], None]
 
 LOOKUP = "lookup"
 MTP = "mtp"
+OWN = "mtp+lookup"  # the embedded target's own drafter
 BESIDE = f"+{LOOKUP}"  # a drafter's name may end so: prompt lookup where that does better
 SHIPPED = Path(__file__).parents[1] / "assets" / "drafter"
 _MEASURED = (0, 1, 2, 3, 4, 6, 8, 12, 16)
@@ -298,6 +299,8 @@ def _drafter_source(name: str | None, target: str, config: Any) -> tuple[str | N
     Raises:
         ModelError: `name` is "mtp" and the target has none.
     """
+    if not name and target == EMBEDDED:
+        name = OWN
     if name and name.endswith(BESIDE):
         source, _ = _drafter_source(name.removesuffix(BESIDE), target, config)
         return source, source is not None

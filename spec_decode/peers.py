@@ -93,7 +93,7 @@ def _llama_cpp(pair: Pair, settings: Settings) -> Run:
     if pair.name != EMBEDDED:
         raise ModelError("llama.cpp is a peer of the embedded target alone, whose GGUF both engines read.")
     try:
-        import xllamacpp  # type: ignore[import-not-found]
+        import xllamacpp
     except ImportError as error:
         raise ModelError("The peer llama.cpp needs xllamacpp, its wheels; run `pip install xllamacpp`.") from error
     parameters = xllamacpp.CommonParams()

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from spec_decode import cpu, decode
+from spec_decode import cpu, decode, models
 from spec_decode.draft_length import Adaptive, Fixed
 from spec_decode.drafters.lookup import LookupDrafter
 from spec_decode.drafters.model import ModelDrafter
@@ -193,6 +193,22 @@ def test_embedded_lanes_are_identical(embedded_parts, temperature):
         drafter = drafters[length % 2] if temperature else drafters[0]
         rounds = decode.speculative(target, drafter, Fixed(length), prompt, TextStream(tokenizer, prompt), settings)
         assert _ids(rounds) == base, length
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_embedded_pair_as_it_ships_is_exact_and_worth_it(embedded_dir, monkeypatch, temperature):
+    """With the drafter in assets: the same text, and drafts that are right often enough to mean something."""
+    monkeypatch.setattr(models, "measure_costs", lambda *_: None)
+    pair = models.load_pair(device="cpu")
+    assert pair.drafter.name == "mtp+lookup"
+    prompt = encode_chat(pair.tokenizer, "Write a Python function that reverses a string.")
+    settings = Settings(temperature=temperature, max_new_tokens=24, seed=2)
+    base = _ids(decode.baseline(pair.target, prompt, TextStream(pair.tokenizer, prompt), settings))
+    for drafter in (pair.drafter, pair.drafter.other):
+        text = TextStream(pair.tokenizer, prompt)
+        rounds = list(decode.speculative(pair.target, drafter, Fixed(4), prompt, text, settings))
+        assert _ids(rounds) == base
+        assert len(rounds) < 0.85 * len(base), "fewer passes than tokens"
 
 
 def test_embedded_float32_equals_generate(embedded_dir):

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
-from spec_decode import decode
+from spec_decode import cpu, decode
 from spec_decode.draft_length import Adaptive, Fixed
 from spec_decode.drafters import Draft
 from spec_decode.drafters.mtp import MTPDrafter
@@ -239,3 +239,34 @@ def test_the_assistant_may_name_the_layers_it_reads() -> None:
     assert drafter.sources == {"full_attention": 3, "sliding_attention": 1}
     baseline, speculative = race(target, drafter, Fixed(3), LONG, Settings(temperature=1.0, max_new_tokens=20))
     assert baseline == speculative
+
+
+@pytest.mark.skipif(not cpu.supported(), reason="int8 kernels are for x86")
+@pytest.mark.parametrize("ordered", [False, True], ids=["head", "centroids"])
+def test_the_fused_step_is_the_assistants_own_forward(ordered: bool) -> None:
+    """With the same quantized layers inside: drafts and what is fed back, contexts longer than the window."""
+    model, assistant = tiny.gemma4("dense", ordered=ordered)
+    cpu.quantize_one_row(assistant.model)
+    for name in ("pre_projection", "post_projection"):
+        setattr(assistant, name, cpu.OneRowLinear(getattr(assistant, name).weight))
+    target = Target(model)
+    fused, plain = MTPDrafter(assistant, target), MTPDrafter(assistant, target)
+    assert fused.fused is not None
+    plain.fused = plain.lists = None
+    cache = target.new_cache(len(LONG) + 8)
+    seen = target.prefill(torch.tensor(LONG), cache, hidden=True)
+    drafts = []
+    for drafter in (fused, plain):
+        drafter.start(LONG, Settings(temperature=1.0), len(LONG) + 8)
+        drafter.extend([7], seen)
+        drafts.append(drafter.draft(4))
+    assert drafts[0].ids.tolist() == drafts[1].ids.tolist()
+    torch.testing.assert_close(drafts[0].probabilities, drafts[1].probabilities, rtol=0.02, atol=1e-3)
+
+
+def test_one_row_linear_is_close() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(64, 96, generator=generator), torch.randn(1, 96, generator=generator)
+    exact = x @ weight.T
+    error = (cpu.OneRowLinear(weight)(x) - exact).norm() / exact.norm()
+    assert 0 < error < 0.01

@@ -1,6 +1,6 @@
-"""A draft step of an int8 assistant on the CPU, in as few operations as it takes.
+"""A draft step of an assistant on the CPU, in as few operations as it takes.
 
-In: a `Gemma4AssistantForCausalLM` whose linear layers are `cpu.Int8Linear`. Out: what its own forward would give for
+In: a `Gemma4AssistantForCausalLM` whose linear layers are `cpu.OneRowLinear`. Out: what its own forward would give for
 one token, in less time: at one row, small operations cost as much as the weights.
 """
 
@@ -16,8 +16,8 @@ from .. import cpu
 
 
 def fits(model: Any) -> bool:
-    """True for an assistant that was made int8."""
-    return isinstance(model.pre_projection, cpu.Int8Linear)
+    """True for an assistant that was loaded beside an int8 target."""
+    return isinstance(model.pre_projection, cpu.OneRowLinear)
 
 
 class FusedAssistant:
