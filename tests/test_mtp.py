@@ -145,7 +145,7 @@ def test_keys_and_values_are_read_in_place(kind: str) -> None:
     cache = target.new_cache(len(LONG))
     drafter.start(LONG, Settings(), len(LONG))
     drafter.extend([1], target.prefill(torch.tensor(LONG), cache, hidden=True))
-    shared, _ = drafter._view(len(LONG))
+    shared = drafter._shared()
     assert set(shared) == {"sliding_attention", "full_attention"}
     for place, name in ((2, "sliding_attention"), (3, "full_attention")):
         layer = cache.layers[place]
