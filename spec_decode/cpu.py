@@ -63,13 +63,14 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def quantize_linears(model: nn.Module) -> None:
-    """Makes the linear layers inside `model` int8 in place and leaves the rest as it is."""
+def quantize_linears(model: nn.Module, kind: type[Int8Linear] | type[OneRowLinear] | None = None) -> None:
+    """Makes the linear layers inside `model` int8 in place, `Int8Linear` unless said otherwise; leaves the rest."""
+    kind = kind or Int8Linear
     torch.backends.quantized.engine = "fbgemm"
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, Int8Linear(child.weight, child.bias))
+                setattr(parent, name, kind(child.weight, child.bias))
 
 
 class Int8Linear(nn.Module):
@@ -101,11 +102,12 @@ class Int8Linear(nn.Module):
 class OneRowLinear(nn.Module):
     """y = x Wᵀ for one row at a time: weights in 8 bits with a scale for every row of W, x in bfloat16.
 
-    At one row twice as fast as `Int8Linear` and nearer to float32; from two rows on slower, so it is for drafters.
+    At one row as fast as `Int8Linear` and nearer to float32; from two rows on slower, so it is for drafters.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
+        assert bias is None, "an assistant's layers have none"
         weight = weight.detach().float()
         scale = (weight.abs().amax(1) / 127).clamp_min(1e-12).bfloat16()
         quantized = (weight / scale.float()[:, None]).round().clamp(-128, 127).to(torch.int8)
@@ -115,14 +117,6 @@ class OneRowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = torch._weight_int8pack_mm(x.bfloat16().view(-1, x.shape[-1]), self.weight, self.scale)
         return y.float().view(*x.shape[:-1], -1)
-
-
-def quantize_one_row(model: nn.Module) -> None:
-    """Makes the linear layers inside `model`, none of which has a bias, `OneRowLinear` in place."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, OneRowLinear(child.weight))
 
 
 class FusedLlamaLayer(nn.Module):

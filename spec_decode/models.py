@@ -45,8 +45,8 @@ Say = Callable[[str], None]
 
 LOOKUP = "lookup"
 MTP = "mtp"
-OWN = "mtp+lookup"  # the embedded target's own drafter
 BESIDE = f"+{LOOKUP}"  # a drafter's name may end so: prompt lookup where that does better
+OWN = f"{MTP}{BESIDE}"  # the embedded target's drafter
 SHIPPED = Path(__file__).parents[1] / "assets" / "drafter"
 _MEASURED = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 

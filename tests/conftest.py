@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,14 @@ def embedded_dir() -> Path:
     from spec_decode import embedded
 
     return embedded.prepare(print)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that handing work out loses more than it wins."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

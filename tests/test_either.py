@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import tiny
-import torch
 
 from spec_decode import decode
 from spec_decode.draft_length import Adaptive, Fixed
@@ -18,16 +17,10 @@ from spec_decode.settings import Settings
 from spec_decode.target import Target
 from spec_decode.text import TextStream
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12] * 3
 ALWAYS = 33  # what the other drafter drafts
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def drafter() -> EitherDrafter:

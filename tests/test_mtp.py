@@ -3,7 +3,6 @@ does from the same state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,17 +22,10 @@ from spec_decode.settings import Settings
 from spec_decode.target import Pass, Target
 from spec_decode.text import TextStream
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LONG = [(7 * i * i + 3 * i) % tiny.VOCABULARY for i in range(5 * tiny.WINDOW)]
 FALSE_ALARM = 1e-6  # for one comparison; the family of all in this file stays below 1e-5
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose more to handing work out than they win by it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class WatchedMTP(MTPDrafter):
@@ -246,7 +238,7 @@ def test_the_assistant_may_name_the_layers_it_reads() -> None:
 def test_the_fused_step_is_the_assistants_own_forward(ordered: bool) -> None:
     """With the same quantized layers inside: drafts and what is fed back, contexts longer than the window."""
     model, assistant = tiny.gemma4("dense", ordered=ordered)
-    cpu.quantize_one_row(assistant.model)
+    cpu.quantize_linears(assistant.model, cpu.OneRowLinear)
     for name in ("pre_projection", "post_projection"):
         setattr(assistant, name, cpu.OneRowLinear(getattr(assistant, name).weight))
     target = Target(model)

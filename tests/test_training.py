@@ -25,16 +25,10 @@ from spec_decode.text import TextStream
 from spec_decode.training import data, lists, prompts, train
 from spec_decode.training.assistant import Learner, Shape, save
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS = [1, 3]
 WRITING = data.Writing(slots=6, length=48, prompt=12, answer=(8, 24), shard=150)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Template(tiny.Characters):

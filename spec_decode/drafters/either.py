@@ -1,4 +1,4 @@
-"""Two drafters, one after the other's fashion: prompt lookup where the text repeats itself, another where it does not.
+"""Two drafters in one: prompt lookup where the text repeats itself, another where it does not.
 
 A match that lookup finds costs nothing to find and nothing to judge: what the target went on to say tells whether it
 was right, used or not. So each round goes to whichever of the two has lately been right more often, lookup's matches
@@ -14,7 +14,8 @@ from .lookup import LookupDrafter
 
 DECAY = 0.9
 # Share of first drafts expected to be right before any was seen, and the rounds that this counts for.
-AT_FIRST = {"other": 0.5, 2: 0.4, 3: 0.6, 4: 0.75}
+AT_FIRST: dict[str | int, float] = {"other": 0.5, 2: 0.4, 3: 0.6}
+LONG_MATCH = 0.75
 WEIGHT = 3.0
 FREE = 0.05  # by how much a draft that costs nothing may be the worse one
 
@@ -31,8 +32,9 @@ class EitherDrafter:
     def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
         self.lookup.start(prompt, settings, capacity)
         self.other.start(prompt, settings, capacity)
-        self.right = {source: WEIGHT * share for source, share in AT_FIRST.items()}
-        self.tried = dict.fromkeys(AT_FIRST, WEIGHT)
+        sources: list[str | int] = ["other", *self.lookup.sizes]
+        self.right = {source: WEIGHT * AT_FIRST.get(source, LONG_MATCH) for source in sources}
+        self.tried = dict.fromkeys(sources, WEIGHT)
         self.asked = False  # the other made the latest draft
 
     def extend(self, tokens: list[int], target: Pass) -> None:

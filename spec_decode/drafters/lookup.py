@@ -44,8 +44,8 @@ class LookupDrafter:
         for n in self.sizes:
             follows = self.index.get(tuple(self.tokens[-n:])) if len(self.tokens) >= n else None
             if follows is not None:
-                period = self.tokens[follows:]
-                return n, [period[i % len(period)] for i in range(length)]
+                period = len(self.tokens) - follows
+                return n, [self.tokens[follows + i % period] for i in range(length)]
         return 0, []
 
     def close(self) -> None:

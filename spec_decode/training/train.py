@@ -292,7 +292,8 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
 
 
 class Average:
-    """A moving average of parameters: what a falling learning rate would give, at any time.
+    """A moving average of parameters: what a falling learning rate would give, at any time. Of what is learnt alone;
+    `torch.optim.swa_utils.AveragedModel` would keep a second copy of the target's head as well.
 
     horizon: updates it reaches back over, fewer at first.
     """
