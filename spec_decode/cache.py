@@ -112,6 +112,14 @@ class RollbackCache(Cache):
         end = bucket(self.length)
         return keys[:, :, :end], values[:, :, :end]
 
+    def buffers(self, heads: int, size: int, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values of every layer, whole, `[1, heads, capacity, size]` each, for one who writes them himself."""
+        for layer in self.layers:
+            if not layer.is_initialized:
+                none = like.new_empty(1, heads, 0, size)
+                layer.lazy_initialization(none, none)
+        return [layer.keys for layer in self.layers], [layer.values for layer in self.layers]
+
     def advance(self, tokens: int) -> None:
         """Moves the cursor past positions that a pass has just written."""
         self.length += tokens

@@ -100,10 +100,6 @@ def load_assistant(path: str, device: torch.device, dtype: str, how: How | None 
         ModelError: it cannot be found, fetched, read or fitted.
     """
     model = _from_pretrained(path, device, dtype, how or How())
-    if dtype == "int8":  # beside an int8 target
-        cpu.quantize_linears(model.model, cpu.OneRowLinear)
-        for name in ("pre_projection", "post_projection"):
-            setattr(model, name, cpu.OneRowLinear(getattr(model, name).weight))
     return model.eval().requires_grad_(False)
 
 

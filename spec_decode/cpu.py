@@ -1,200 +1,131 @@
 """int8 on the CPU: fast, and a row's result never depends on the rows beside it.
 
 In: a float32 transformers model. Out: the same model, in place, with 8-bit linear layers and an attention that treats
-every row alike; Llama-family layers are fused as well, since at one row small operations cost as much as the weights.
+every row alike. Of a Llama-family model the whole base becomes one call of `kernels`, since at one row small operations
+cost as much as the weights.
 
 Why rows must not mix: verification feeds the target γ + 1 rows where the baseline feeds it one. With float kernels the
 two differ in the last bit, with per-tensor activation scales by far more, and either can turn a near-tie into another
 token. Here every row has its own scale, the sums are over integers (exact in any order), and attention runs one row at
-a time in a kernel call that covers them all. So both lanes emit the same tokens bit for bit, not almost always.
+a time. So both lanes emit the same tokens bit for bit, not almost always.
 """
 
 from __future__ import annotations
 
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaModel
 
+from . import kernels
 from .cache import RollbackCache
 
 ROWWISE = "rowwise_sdpa"
 READ = 64  # positions; keys and values are read in steps of it
+THREADS = torch.get_num_threads()  # as many as PyTorch would use
 MOST_ROWS = 32  # a pass of more is a prefill, which both lanes make alike
-# Without VNNI the kernels add pairs of products in 16 bits, which 255 × 127 × 2 would overflow and 255 × 63 × 2 does
-# not. The weights give up the bit: activations, with their outliers, need it more (docs/int8_quality.py).
-LEVELS = 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
-
-# Quantized tensors are to leave PyTorch after 2.13, which requirements.txt stays below. Their successor
-# (torch.ops.onednn.qlinear_pointwise) takes 4 times as long without VNNI: see docs/performance.md.
-warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
-
-
-def supported() -> bool:
-    """True where PyTorch has the integer kernels this needs (x86)."""
-    return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def quantize(model: PreTrainedModel) -> PreTrainedModel:
-    """Makes `model` (float32, on the CPU) int8 in place: every linear layer, the output head included.
-
-    Raises:
-        RuntimeError: this processor has no such kernels; see `supported`.
-    """
-    if not supported():
-        raise RuntimeError("this build of PyTorch has no int8 kernels for this processor")
-    torch.backends.quantized.engine = "fbgemm"
-    model.set_attn_implementation(ROWWISE)
-    llama = all(type(layer) is LlamaDecoderLayer for layer in model.base_model.layers)
-    if llama and model.config.hidden_act == "silu" and not model.config.attention_bias:
-        layers = model.base_model.layers
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # packing a weight takes one thread of PyTorch's
-            for i, fused in enumerate(threads.map(FusedLlamaLayer, list(layers))):
-                layers[i] = fused
-        model.base_model.rotary_emb = _SignedRotary(model.base_model.rotary_emb)
+    """Makes `model` (float32, on the CPU) int8 in place: every linear layer, the output head included."""
+    base = model.base_model
+    if type(base) is LlamaModel and base.config.hidden_act == "silu" and not base.config.attention_bias:
+        setattr(model, model.base_model_prefix, Int8Llama(base))
+    else:
+        model.set_attn_implementation(ROWWISE)
     quantize_linears(model)
     return model
 
 
-def quantize_linears(model: nn.Module, kind: type[Int8Linear] | type[OneRowLinear] | None = None) -> None:
-    """Makes the linear layers inside `model` int8 in place, `Int8Linear` unless said otherwise; leaves the rest."""
-    kind = kind or Int8Linear
-    torch.backends.quantized.engine = "fbgemm"
+def quantize_linears(model: nn.Module) -> None:
+    """Makes the linear layers inside `model` int8 in place and leaves the rest."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, kind(child.weight, child.bias))
+                setattr(parent, name, Int8Linear(child.weight, child.bias))
 
 
 class Int8Linear(nn.Module):
-    """y = x Wᵀ + b with a scale for every row of W (8 bits, 7 without VNNI) and for every row of x (8 bits)."""
+    """y = x Wᵀ + b with 8-bit weights, a scale for every row of W, and 14-bit activations, a scale for every row."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        weight = weight.detach().float()
         self.out_features, self.in_features = weight.shape
-        scale = (weight.abs().amax(1) / LEVELS).clamp_min(1e-12).double()
-        rows = torch.zeros(len(scale), dtype=torch.long)
-        quantized = torch.quantize_per_channel(weight, scale, rows, 0, torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
+        self.weights = kernels.Weights([array(weight)])
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        size = _row_size(x)
-        y = self.unit(x / size) * size
+        rows = x.reshape(-1, self.in_features)
+        y = torch.from_numpy(kernels.linear(array(rows), self.weights, THREADS))
+        y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
-    def unit(self, x: Tensor) -> Tensor:
-        """`[..., in]` in [−1, 1] → `[..., out]`. The scale is fixed, so no row touches another."""
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 127, 128, self.packed)
-
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, weight_levels=±{LEVELS}"
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-class OneRowLinear(nn.Module):
-    """y = x Wᵀ for one row at a time: weights in 8 bits with a scale for every row of W, x in bfloat16.
+class Int8Llama(nn.Module):
+    """A `LlamaModel` as one call of `kernels.llama`. Its cache is a `RollbackCache`."""
 
-    At one row as fast as `Int8Linear` and nearer to float32; from two rows on slower, so it is for drafters.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, model: LlamaModel) -> None:
         super().__init__()
-        assert bias is None, "an assistant's layers have none"
-        weight = weight.detach().float()
-        scale = (weight.abs().amax(1) / 127).clamp_min(1e-12).bfloat16()
-        quantized = (weight / scale.float()[:, None]).round().clamp(-128, 127).to(torch.int8)
-        self.weight = nn.Parameter(quantized, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch._weight_int8pack_mm(x.bfloat16().view(-1, x.shape[-1]), self.weight, self.scale)
-        return y.float().view(*x.shape[:-1], -1)
-
-
-class FusedLlamaLayer(nn.Module):
-    """A `LlamaDecoderLayer` in half as many operations: joined projections, norm and quantization in one go.
-
-    Called by `LlamaModel` as the layer it replaces, cache interface included.
-    """
-
-    def __init__(self, layer: LlamaDecoderLayer) -> None:
-        super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
-        self.attention = attention  # for its numbers alone
-        self.heads = attention.config.num_attention_heads
-        self.kv_heads = attention.config.num_key_value_heads
-        self.head_dim = attention.head_dim
-        self.eps = layer.input_layernorm.variance_epsilon
-        self.norm1, self.norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        self.qkv = Int8Linear(torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]))
-        self.out = Int8Linear(attention.o_proj.weight)
-        self.gate_up = Int8Linear(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
-        self.down = Int8Linear(mlp.down_proj.weight)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            delattr(attention, name)
+        self.config = model.config
+        self.embed_tokens, self.rotary_emb = model.embed_tokens, model.rotary_emb
+        self.decoder = kernels.Llama(
+            [
+                {
+                    name: array(parameter)
+                    for name, parameter in layer.named_parameters()  # norms and projections
+                }
+                for layer in model.layers
+            ],
+            array(model.norm.weight),
+            model.config.num_attention_heads,
+            model.config.num_key_value_heads,
+            model.layers[0].self_attn.head_dim,
+            model.norm.variance_epsilon,
+        )
 
     def forward(
         self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Any = None,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        past_key_values: RollbackCache | None = None,
+        output_hidden_states: bool = False,
         **kwargs: Any,
-    ) -> Tensor:
-        assert position_embeddings is not None
-        x = hidden_states[0]  # [rows, width]
-        rows, rotating = x.shape[0], self.heads + self.kv_heads
-        qkv = self._norm_linear(x, self.norm1, self.qkv).view(rows, rotating + self.kv_heads, self.head_dim)
-        cos, sin = position_embeddings
-        qk, v = qkv[:, :rotating], qkv[:, rotating:]
-        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
-        k, v = qk[:, self.heads :].transpose(0, 1)[None], v.transpose(0, 1)[None]
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.attention.layer_idx)
-        start = past_key_values.length if isinstance(past_key_values, RollbackCache) else None
-        q = qk[:, : self.heads].transpose(0, 1)[None]
-        mixed = _attend(q, k, v, attention_mask, self.attention.scaling, start).reshape(rows, -1)
-        size = _row_size(mixed)
-        x = torch.addcmul(x, self.out.unit(mixed / size), size)
-        gate, up = self._norm_linear(x, self.norm2, self.gate_up).chunk(2, -1)
-        inner = F.silu(gate) * up
-        size = _row_size(inner)
-        return torch.addcmul(x, self.down.unit(inner / size), size)[None]
-
-    def _norm_linear(self, x: Tensor, weight: Tensor, linear: Int8Linear) -> Tensor:
-        """RMS norm and projection: the norm's factor joins the row's scale, since quantization divides it out."""
-        weighted = x * weight
-        size = _row_size(weighted)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        factor = size * torch.rsqrt(length.square() / x.shape[-1] + self.eps)
-        return linear.unit(weighted / size) * factor
+    ) -> BaseModelOutputWithPast:
+        cache = past_key_values or RollbackCache(self.config, input_ids.shape[1])
+        x = self.embed_tokens(input_ids)[0]
+        if position_ids is None:
+            position_ids = torch.arange(cache.length, cache.length + len(x))[None]
+        cos, sin = self.rotary_emb(x, position_ids=position_ids)
+        buffers = cache.buffers(self.decoder.kv_heads, self.decoder.head_size, x)
+        self.decoder(
+            array(x),
+            cache.length,
+            array(cos[0]),
+            array(sin[0]),
+            *([buffer.data_ptr() for buffer in kind] for kind in buffers),
+            cache.capacity,
+            THREADS,
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=x[None],
+            past_key_values=cache,
+            hidden_states=(x[None],) if output_hidden_states else None,
+        )
 
 
-class _SignedRotary(nn.Module):
-    """cos and sin `[rows, 1, head_dim]`, the first half of sin negated, so that rotating takes one swap of halves."""
-
-    def __init__(self, rotary: nn.Module) -> None:
-        super().__init__()
-        self.rotary = rotary
-
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self.rotary(x, position_ids=position_ids)
-        cos, sin = cos[0][:, None], sin[0][:, None].clone()
-        sin[..., : sin.shape[-1] // 2].neg_()
-        return cos, sin
-
-
-def _row_size(x: Tensor) -> Tensor:
-    """Largest magnitude of each row, `[..., 1]`, never 0."""
-    return x.abs().amax(-1, keepdim=True).clamp_min(1e-12)
+def array(x: Tensor) -> np.ndarray:
+    """The same numbers as a NumPy array, where they are."""
+    return x.detach().float().contiguous().numpy()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, start: int | None = None) -> Tensor:

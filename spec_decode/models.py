@@ -197,7 +197,9 @@ def load_pair(
         if pair.draft_length:
             say(f"The drafter comes with a draft length of {pair.draft_length}")
         say("Measuring the costs of a target pass …")
-        if place.type == "cpu":
+        if plan.dtype == "int8":
+            torch.set_num_threads(1)  # what is left to PyTorch is small, and its idle threads would take our cores
+        elif place.type == "cpu":
             choose_threads(lead)
         pair.costs = measure_costs(lead, helper)
     except ValueError as error:  # a cache that cannot roll back
@@ -256,7 +258,7 @@ def choose_threads(target: Target) -> int:
     On an idle machine all cores win. Where others are at work, every operation waits for the slowest of its threads to
     be scheduled, and one thread can be several times faster.
     """
-    everything = torch.get_num_threads()
+    everything = cpu.THREADS
     token = torch.zeros(1, dtype=torch.long, device=target.device)
     cache = target.new_cache(1)
 
@@ -338,7 +340,8 @@ def _load_model_drafter(source: str, target: Target, tokenizer: Any, plan: Plan)
         if place != plan.device and getattr(config, "shares_target_head", False):
             raise ModelError("This drafter uses the target's head, so it must be on the target's device.")
         name = MTP if source == str(SHIPPED) else Path(source).name
-        return MTPDrafter(load_assistant(source, place, plan.dtype, how), target, name)
+        assistant = load_assistant(source, place, plan.dtype, how)
+        return MTPDrafter(assistant, target, name, int8=plan.dtype == "int8")
     check_same_vocabulary(tokenizer, load_tokenizer(source, how.revision))
     model = Target(load_model(source, place, plan.dtype, how))
     name = embedded.NAME if source == str(embedded.cache_dir() / embedded.NAME) else source
@@ -366,12 +369,12 @@ def _check_memory(plan: Plan, name: str, config: Any, source: str | None) -> Non
 def _dtype(name: str, device: torch.device, target: str) -> str:
     if name == "auto":
         if device.type == "cpu":
-            return "int8" if cpu.supported() and target == EMBEDDED else "float32"
+            return "int8" if target == EMBEDDED else "float32"
         return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
     if name not in DTYPES:
         raise ModelError(f"Unknown dtype {name!r}; choose one of auto, {', '.join(DTYPES)}.")
-    if name == "int8" and (device.type != "cpu" or not cpu.supported()):
-        raise ModelError("int8 runs on x86 processors only; choose float32 or bfloat16 here.")
+    if name == "int8" and device.type != "cpu":
+        raise ModelError("int8 runs on the CPU only; choose float32 or bfloat16 here, or --quantize int8.")
     return name
 
 

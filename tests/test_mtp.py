@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
-from spec_decode import cpu, decode
+from spec_decode import decode, kernels
 from spec_decode.draft_length import Adaptive, Fixed
 from spec_decode.drafters import Draft
 from spec_decode.drafters.mtp import MTPDrafter
@@ -233,18 +233,18 @@ def test_the_assistant_may_name_the_layers_it_reads() -> None:
     assert baseline == speculative
 
 
-@pytest.mark.skipif(not cpu.supported(), reason="int8 kernels are for x86")
 @pytest.mark.parametrize("ordered", [False, True], ids=["head", "centroids"])
-def test_the_fused_step_is_the_assistants_own_forward(ordered: bool) -> None:
-    """With the same quantized layers inside: drafts and what is fed back, contexts longer than the window."""
-    model, assistant = tiny.gemma4("dense", ordered=ordered)
-    cpu.quantize_linears(assistant.model, cpu.OneRowLinear)
-    for name in ("pre_projection", "post_projection"):
-        setattr(assistant, name, cpu.OneRowLinear(getattr(assistant, name).weight))
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_the_int8_step_is_the_assistants_own_forward(ordered: bool, activation: str) -> None:
+    """With weights that 8 bits hold exactly: what is fed back and what it would draw from, beyond the window."""
+    model, assistant = tiny.gemma4("dense", ordered=ordered, hidden_activation=activation)
+    for module in assistant.modules():
+        if isinstance(module, torch.nn.Linear):
+            weights = kernels.Weights([module.weight.detach().numpy()])
+            rounded = weights.values[0, :, : module.in_features] * weights.scales[0][:, None]
+            module.weight.data.copy_(torch.from_numpy(rounded))
     target = Target(model)
-    fused, plain = MTPDrafter(assistant, target), MTPDrafter(assistant, target)
-    assert fused.fused is not None
-    plain.fused = plain.lists = None
+    fused, plain = MTPDrafter(assistant, target, int8=True), MTPDrafter(assistant, target)
     cache = target.new_cache(len(LONG) + 8)
     seen = target.prefill(torch.tensor(LONG), cache, hidden=True)
     drafts = []
@@ -254,11 +254,3 @@ def test_the_fused_step_is_the_assistants_own_forward(ordered: bool) -> None:
         drafts.append(drafter.draft(4))
     assert drafts[0].ids.tolist() == drafts[1].ids.tolist()
     torch.testing.assert_close(drafts[0].probabilities, drafts[1].probabilities, rtol=0.02, atol=1e-3)
-
-
-def test_one_row_linear_is_close() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(64, 96, generator=generator), torch.randn(1, 96, generator=generator)
-    exact = x @ weight.T
-    error = (cpu.OneRowLinear(weight)(x) - exact).norm() / exact.norm()
-    assert 0 < error < 0.01

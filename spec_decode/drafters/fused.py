@@ -1,7 +1,7 @@
-"""A draft step of an assistant on the CPU, in as few operations as it takes.
+"""A draft step of an assistant on the CPU, in one call.
 
-In: a `Gemma4AssistantForCausalLM` whose linear layers are `cpu.OneRowLinear`. Out: what its own forward would give for
-one token, in less time: at one row, small operations cost as much as the weights.
+In: a `Gemma4AssistantForCausalLM` in float32. Out: what its own forward would give for one token, in less time: at one
+row, small operations cost as much as the weights. Linear layers and lists are held in 8 bits, as the target's.
 """
 
 from __future__ import annotations
@@ -10,75 +10,58 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .. import cpu
-
-
-def fits(model: Any) -> bool:
-    """True for an assistant that was loaded beside an int8 target."""
-    return isinstance(model.pre_projection, cpu.OneRowLinear)
+from .. import cpu, kernels
 
 
 class FusedAssistant:
-    """Begin a round with `begin`, then call `step` for each draft."""
+    """Begin a round with `begin`, then call `step` for each draft.
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.config = model.config.get_text_config()
-        self.layers = [_Layer(layer) for layer in model.model.layers]
-        self.norm = model.model.norm
+    Args:
+        model: the assistant.
+        rows: of the head, `[V, width]`, if it looks at lists of them.
+    """
+
+    def __init__(self, model: Any, rows: Tensor | None) -> None:
+        self.rotary = model.model.rotary_emb
+        config = model.config.get_text_config()
+        layers = list(model.model.layers)
+        attentions = [layer.self_attn for layer in layers]
+        self.kinds = [attention.layer_type for attention in attentions]
+        embedder = model.masked_embedding if rows is not None else None
+        self.ordering = None if embedder is None else embedder.token_ordering.long().view(len(embedder.centroids.weight), -1)
+        self.kernel = kernels.Assistant(
+            cpu.array(model.pre_projection.weight),
+            cpu.array(model.post_projection.weight),
+            [{name: cpu.array(parameter) for name, parameter in layer.named_parameters()} for layer in layers],
+            cpu.array(model.model.norm.weight),
+            config.num_attention_heads,
+            [attention.scaling for attention in attentions],
+            [float(layer.layer_scalar) for layer in layers],
+            model.model.norm.eps,
+            config.hidden_activation != "silu",
+            None if rows is None else (cpu.array(embedder.centroids.weight), cpu.array(rows[self.ordering.flatten()])),
+            0 if embedder is None else embedder.centroid_intermediate_top_k,
+        )
 
     def begin(self, shared: dict[str, tuple[Tensor, Tensor]], length: int, window: int) -> None:
         """Takes the target's keys and values `[1, heads, n, d]`, of which the first `length` are real."""
         place = torch.full((1, 1), length)
-        self.kv, self.turn = {}, {}
+        self.held = shared  # the kernel knows but addresses
+        buffers, turns = {}, {}
         for kind, (keys, values) in shared.items():
             first = max(length - 1 - window, 0) if kind == "sliding_attention" else 0
-            self.kv[kind] = keys[:, :, first:length], values[:, :, first:length]
-            cos, sin = self.model.model.rotary_emb(keys, place, kind)
-            cos, sin = cos[0], sin[0].clone()
-            sin[..., : sin.shape[-1] // 2].neg_()  # so that rotating takes one swap of halves
-            self.turn[kind] = cos, sin
+            capacity = keys.stride(1) // keys.stride(2)
+            buffers[kind] = (keys.shape[1], keys.data_ptr(), values.data_ptr(), capacity, first, length)
+            cos, sin = self.rotary(keys, place, kind)
+            turns[kind] = cpu.array(cos[0, 0]), cpu.array(sin[0, 0])
+        self.kernel.read([buffers[kind] for kind in self.kinds], [turns[kind] for kind in self.kinds])
 
-    def step(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """`[1, H]` twice → the assistant's output `[1, width]` and the hidden state it feeds back `[1, H]`."""
-        x = self.model.pre_projection(torch.cat([embedded, hidden], -1))
-        for layer in self.layers:
-            x = layer(x, *self.kv[layer.kind], *self.turn[layer.kind])
-        x = F.rms_norm(x, x.shape[-1:], self.norm.weight, self.norm.eps)
-        return x, self.model.post_projection(x)
-
-
-class _Layer:
-    def __init__(self, layer: Any) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.kind = attention.layer_type
-        self.q, self.out = attention.q_proj, attention.o_proj
-        self.gate, self.up, self.down, self.act = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
-        self.q_norm = attention.q_norm
-        self.head_dim, self.scaling = attention.head_dim, attention.scaling
-        self.norms = (
-            layer.input_layernorm,
-            layer.post_attention_layernorm,
-            layer.pre_feedforward_layernorm,
-            layer.post_feedforward_layernorm,
-        )
-        self.scalar = float(layer.layer_scalar)
-
-    def __call__(self, x: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        before, after, before_mlp, after_mlp = self.norms
-        q = self.q(_normed(x, before)).view(-1, self.head_dim)
-        q = _normed(q, self.q_norm)
-        q = torch.addcmul(q * cos, q.roll(self.head_dim // 2, -1), sin)
-        groups = q.view(1, keys.shape[1], -1, self.head_dim)
-        mixed = F.scaled_dot_product_attention(groups, keys, values, scale=self.scaling)
-        x = x + _normed(self.out(mixed.reshape(1, -1)), after)
-        inner = _normed(x, before_mlp)
-        inner = self.down(self.act(self.gate(inner)) * self.up(inner))
-        x = x + _normed(inner, after_mlp)
-        return x if self.scalar == 1.0 else x * self.scalar
-
-
-def _normed(x: Tensor, norm: Any) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+    def step(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """`[1, H]` twice → the assistant's output `[1, width]`, the hidden state it feeds back `[1, H]`, and if it looks
+        at lists the tokens in them `[n]` and their logits `[1, n]`."""
+        inputs = torch.cat([embedded[0], hidden[0]])
+        out, hidden_array, chosen, logits = self.kernel.step(cpu.array(inputs), cpu.THREADS)
+        ids = None if self.ordering is None else self.ordering[torch.from_numpy(chosen)].flatten()
+        output, fed_back, products = (torch.from_numpy(array)[None] for array in (out, hidden_array, logits))
+        return output, fed_back, ids, products

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..errors import ModelError
@@ -32,13 +31,16 @@ class MTPDrafter:
     that it is the last layer of each kind that has keys and values of its own, as for Google's. With
     `shares_target_head` its head is the target's own, and need not be in the checkpoint.
 
+    Args:
+        int8: run `model`, which is in float32 on the CPU, in 8 bits and in one call a step.
+
     Raises:
         ModelError: the assistant was made for another target.
     """
 
     needs_hidden = True
 
-    def __init__(self, model: PreTrainedModel, target: Target, name: str = "mtp") -> None:
+    def __init__(self, model: PreTrainedModel, target: Target, name: str = "mtp", int8: bool = False) -> None:
         self.model: Any = model.eval()
         self.name = name
         self.device = model.device
@@ -60,13 +62,11 @@ class MTPDrafter:
         if getattr(model.config, "shares_target_head", False):
             self.model.lm_head = target.model.get_output_embeddings()
         self.rows = getattr(self.model.lm_head, "weight", self.embed.weight)  # an int8 head shows no rows
-        self.fused = fused.FusedAssistant(model) if fused.fits(model) else None
         self.ordering: Tensor | None = None
         if model.config.use_ordered_embeddings:
             self.ordering = self.model.masked_embedding.token_ordering.long().view(model.config.num_centroids, -1)
-        # A list's rows of the head side by side: where memory is plenty, reading them takes a third of the time.
-        together = self.fused is not None and self.ordering is not None
-        self.lists = self.rows[self.ordering].flatten(1) if together else None
+        listed = self.rows if self.ordering is not None else None
+        self.fused = fused.FusedAssistant(model, listed) if int8 else None
 
     def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
         self.settings = settings
@@ -95,7 +95,8 @@ class MTPDrafter:
         for i in range(1, length + 1):
             embedded = self.embed(token).to(self.device)
             if self.fused:
-                out, hidden = self.fused.step(embedded, hidden)
+                out, hidden, ids, logits = self.fused.step(embedded, hidden)
+                drawn.append(self._draw(out, places + i) if ids is None else self._draw_listed(ids, logits, places + i))
             else:
                 out = self.model.model(
                     inputs_embeds=self.model.pre_projection(torch.cat([embedded, hidden], -1))[None],
@@ -105,7 +106,7 @@ class MTPDrafter:
                     use_cache=False,
                 ).last_hidden_state[0]
                 hidden = self.model.post_projection(out)
-            drawn.append(self._draw(out, places + i))
+                drawn.append(self._draw(out, places + i))
             token = drawn[-1][0].to(token.device)
         return joined(drawn, self.embed.weight.device)
 
@@ -133,21 +134,19 @@ class MTPDrafter:
         """A token from the assistant's output `[1, width]`, as `sampling.draw` gives it."""
         if self.ordering is None:
             return draw(self.model.lm_head(out), place, self.settings)
-        ids, logits = self._listed(out)
+        # The tokens in the chosen centroids' lists; all others have no logit.
+        embedder = self.model.masked_embedding
+        chosen = embedder.centroids(out).topk(embedder.centroid_intermediate_top_k).indices[0]
+        ids = self.ordering[chosen].flatten()
+        return self._draw_listed(ids, out @ self.rows[ids].T, place)
+
+    def _draw_listed(self, ids: Tensor, logits: Tensor, place: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `_draw`, from ids `[n]` and their logits `[1, n]`."""
         if self.settings.temperature == 0:
             best = logits.argmax(-1)
             return ids[best], None, logits.float().softmax(-1)[0, best]
         everywhere = logits.new_full((1, self.vocabulary), -torch.inf).scatter_(-1, ids[None], logits)
         return draw(everywhere, place, self.settings)
-
-    def _listed(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens in the chosen centroids' lists, ids `[n]` and logits `[1, n]`; all others have none."""
-        assert self.ordering is not None
-        embedder = self.model.masked_embedding
-        chosen = embedder.centroids(out).topk(embedder.centroid_intermediate_top_k).indices[0]
-        ids = self.ordering[chosen].flatten()
-        rows = self.rows[ids] if self.lists is None else F.embedding(chosen, self.lists).view(len(ids), -1)
-        return ids, out @ rows.T
 
 
 def _sources(model: PreTrainedModel, target: Target) -> dict[str, int]:

@@ -402,7 +402,7 @@ AttentionInterface.register(SLOTS_ATTENTION, _slots_attention)
 def _prepared(model: PreTrainedModel) -> PreTrainedModel:
     model.eval().requires_grad_(False)
     model.set_attn_implementation(SLOTS_ATTENTION)
-    if model.device.type == "cpu" and cpu.supported():
+    if model.device.type == "cpu":
         cpu.quantize_linears(model)
     return model
 
