@@ -35,8 +35,9 @@ MOST_ROWS = 32  # a pass of more is a prefill, which both lanes make alike
 
 def quantize(model: PreTrainedModel) -> PreTrainedModel:
     """Makes `model` (float32, on the CPU) int8 in place: every linear layer, the output head included."""
-    base = model.base_model
-    if type(base) is LlamaModel and base.config.hidden_act == "silu" and not base.config.attention_bias:
+    base, config = model.base_model, model.config
+    plain = type(base) is LlamaModel and config.hidden_act == "silu" and not (config.attention_bias or config.mlp_bias)
+    if plain and base.layers[0].self_attn.head_dim % 8 == 0:
         setattr(model, model.base_model_prefix, Int8Llama(base))
     else:
         model.set_attn_implementation(ROWWISE)
@@ -74,24 +75,31 @@ class Int8Linear(nn.Module):
 class Int8Llama(nn.Module):
     """A `LlamaModel` as one call of `kernels.llama`. Its cache is a `RollbackCache`."""
 
+    NORMS = ("input_layernorm", "post_attention_layernorm")
+    PROJECTIONS = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    )
+
     def __init__(self, model: LlamaModel) -> None:
         super().__init__()
         self.config = model.config
         self.embed_tokens, self.rotary_emb = model.embed_tokens, model.rotary_emb
-        self.decoder = kernels.Llama(
-            [
-                {
-                    name: array(parameter)
-                    for name, parameter in layer.named_parameters()  # norms and projections
-                }
-                for layer in model.layers
-            ],
-            array(model.norm.weight),
-            model.config.num_attention_heads,
-            model.config.num_key_value_heads,
-            model.layers[0].self_attn.head_dim,
-            model.norm.variance_epsilon,
-        )
+        attention = model.layers[0].self_attn
+        heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+        self.shape = (heads, kv_heads, attention.head_dim)
+        self.numbers = (np.float32(model.norm.variance_epsilon), np.float32(attention.scaling))
+        layers = [dict(layer.named_parameters()) for layer in model.layers]
+        self.norms = np.stack([np.stack([array(layer[f"{name}.weight"]) for name in self.NORMS]) for layer in layers])
+        self.norm = array(model.norm.weight)
+        weights = [
+            kernels.Weights([array(torch.cat([layer[f"{name}.weight"] for name in names])) for layer in layers])
+            for names in self.PROJECTIONS
+        ]
+        self.values, self.scales = tuple(w.values for w in weights), tuple(w.scales for w in weights)
+        self.threads = THREADS
 
     def forward(
         self,
@@ -106,20 +114,41 @@ class Int8Llama(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(cache.length, cache.length + len(x))[None]
         cos, sin = self.rotary_emb(x, position_ids=position_ids)
-        buffers = cache.buffers(self.decoder.kv_heads, self.decoder.head_size, x)
-        self.decoder(
+        _, kv_heads, size = self.shape
+        buffers = cache.buffers(kv_heads, size, x)
+        kernels.llama(
+            self.threads,
+            len(self.norms),
             array(x),
             cache.length,
             array(cos[0]),
             array(sin[0]),
-            *([buffer.data_ptr() for buffer in kind] for kind in buffers),
+            self.norms,
+            self.norm,
+            self.values,
+            self.scales,
+            self.shape,
+            *self.numbers,
+            *(np.array([buffer.data_ptr() for buffer in kind]) for kind in buffers),
             cache.capacity,
-            THREADS,
+            self._room(len(x)),
         )
-        return BaseModelOutputWithPast(
-            last_hidden_state=x[None],
-            past_key_values=cache,
-            hidden_states=(x[None],) if output_hidden_states else None,
+        hidden = x[None]
+        return BaseModelOutputWithPast(hidden, cache, hidden_states=(hidden,) if output_hidden_states else None)
+
+    def _room(self, rows: int) -> tuple[np.ndarray, ...]:
+        """What the threads of a pass share. Rounded rows end in zeros, where weights have been rounded up."""
+        qkv, out, gate, down = self.values
+        return (
+            np.empty((rows, len(self.norm)), np.float32),
+            np.zeros((rows, qkv.shape[2]), np.int16),
+            np.zeros((rows, out.shape[2]), np.int16),
+            np.empty(rows, np.float32),
+            np.empty((rows, qkv.shape[1]), np.float32),
+            np.empty((rows, self.shape[0] * self.shape[2]), np.float32),
+            np.empty((rows, gate.shape[1]), np.float32),
+            np.empty((rows, gate.shape[1] // 2), np.float32),
+            np.zeros((rows, down.shape[2]), np.int16),
         )
 
 

@@ -109,7 +109,7 @@ def _dots(rows: int) -> Any:
 _dots1, _dots2, _dots3, _dots4, _dots5, _dots6 = (_dots(n) for n in range(1, MOST + 1))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _scores(context: Any, q: Any, keys: Any, first: Any, out: Any, at: Any) -> Any:
     """out[at + j] = Σ q[i] · keys[first + j, i] for j from 0 to 3; the row is a multiple of 8 long."""
     lanes = ir.VectorType(_F32, 8)
@@ -180,7 +180,7 @@ def _load8(builder: Any, base: Any, at: Any) -> Any:
 _mix8, _mix64 = _mix(1), _mix(8)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _draw(context: Any, tickets: Any, place: Any) -> Any:
     """Adds 1 to tickets[place] and returns what it was, atomically."""
 
@@ -192,7 +192,7 @@ def _draw(context: Any, tickets: Any, place: Any) -> Any:
     return types.int64(tickets, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _look(context: Any, tickets: Any, place: Any) -> Any:
     """tickets[place], read anew."""
 
@@ -204,7 +204,7 @@ def _look(context: Any, tickets: Any, place: Any) -> Any:
     return types.int64(tickets, types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _at(context: Any, address: Any) -> Any:
     """A pointer to the float32 at an address."""
 
@@ -214,7 +214,7 @@ def _at(context: Any, address: Any) -> Any:
     return types.CPointer(types.float32)(types.int64), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _power_of_two(context: Any, exponent: Any) -> Any:
     """2 to a whole power from −126 to 127, as float32."""
 
@@ -405,7 +405,7 @@ def _llama(
         scales: `[layers, outputs]` of each.
         shape: heads, heads of keys and values, size of a head.
         key_at, value_at: addresses of each layer's `[kv heads, capacity, head size]`.
-        room: buffers, see `Llama`.
+        room: buffers, see `cpu.Int8Llama`.
     """
     heads, kv_heads, size = shape
     w_qkv, w_out, w_gate, w_down = weights
@@ -624,11 +624,10 @@ def _assistant(
 
 # --- calls ---------------------------------------------------------------------------------------------------------
 
-PHASES = 9  # of a layer
-
 
 class Weights:
-    """A weight matrix `[outputs, in]`, or a stack of them, in 8 bits with a scale for every output."""
+    """A weight matrix `[outputs, in]`, or a stack of them, in 8 bits with a scale for every output: values int8
+    `[stack, outputs, in]`, `in` rounded up to whole steps, and scales float32 `[stack, outputs]`."""
 
     def __init__(self, matrices: list[np.ndarray]) -> None:
         outputs, inputs = matrices[0].shape
@@ -648,181 +647,30 @@ def linear(x: np.ndarray, weights: Weights, threads: int) -> np.ndarray:
     rounded = np.zeros((rows, values.shape[1]), np.int16)
     most = np.float32(levels(inputs))
     size = np.empty(rows, np.float32)
-    _together(threads, _linear, np.zeros(2 * PLACES, np.int64), x, values, scales, most, rounded, size, out)
+    together(threads, _linear, 2, x, values, scales, most, rounded, size, out)
     return out
 
 
-class Llama:
-    """The layers of a Llama model and the norm behind them.
-
-    Args:
-        layers: the parameters of each, by the names that transformers gives them.
-        norm: weight of the last norm.
-        heads, kv_heads, head_size: of the attention.
-        epsilon: of the norms.
-    """
-
-    def __init__(
-        self,
-        layers: list[dict[str, np.ndarray]],
-        norm: np.ndarray,
-        heads: int,
-        kv_heads: int,
-        head_size: int,
-        epsilon: float,
-    ) -> None:
-        self.heads, self.kv_heads, self.head_size = heads, kv_heads, head_size
-        self.epsilon, self.scaling = np.float32(epsilon), np.float32(head_size**-0.5)
-        self.norm = norm
-        norms = ("input_layernorm", "post_attention_layernorm")
-        self.norms = np.stack([np.stack([layer[f"{name}.weight"] for name in norms]) for layer in layers])
-        self.weights = [
-            Weights([np.concatenate([layer[f"{name}.weight"] for name in names]) for layer in layers])
-            for names in (
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-                ("self_attn.o_proj",),
-                ("mlp.gate_proj", "mlp.up_proj"),
-                ("mlp.down_proj",),
-            )
-        ]
-
-    def __call__(
-        self,
-        x: np.ndarray,
-        start: int,
-        cos: np.ndarray,
-        sin: np.ndarray,
-        key_at: list[int],
-        value_at: list[int],
-        capacity: int,
-        threads: int,
-    ) -> None:
-        """x `[rows, width]` float32, from embeddings to the last hidden state, in place; cos and sin `[rows, head size]`.
-
-        Keys and values of position `start` and those after it are written to the addresses of each layer's buffers,
-        float32 `[kv heads, capacity, head size]`.
-        """
-        rows, width = x.shape
-        qkv, out, gate, down = (weights.values for weights in self.weights)
-        room = (
-            np.empty_like(x),
-            np.zeros((rows, qkv.shape[2]), np.int16),
-            np.zeros((rows, out.shape[2]), np.int16),
-            np.empty(rows, np.float32),
-            np.empty((rows, qkv.shape[1]), np.float32),
-            np.empty((rows, self.heads * self.head_size), np.float32),
-            np.empty((rows, gate.shape[1]), np.float32),
-            np.empty((rows, gate.shape[1] // 2), np.float32),
-            np.zeros((rows, down.shape[2]), np.int16),
-        )
-        _together(
-            threads,
-            _llama,
-            np.zeros((PHASES * len(qkv) + 1) * PLACES, np.int64),
-            x,
-            start,
-            cos,
-            sin,
-            self.norms,
-            self.norm,
-            (qkv, out, gate, down),
-            tuple(weights.scales for weights in self.weights),
-            (self.heads, self.kv_heads, self.head_size),
-            self.epsilon,
-            self.scaling,
-            np.array(key_at),
-            np.array(value_at),
-            capacity,
-            room,
-        )
+def llama(threads: int, layers: int, *arguments: Any) -> None:
+    """`_llama` with fresh tickets."""
+    together(threads, _llama, 9 * layers + 1, *arguments)
 
 
-class Assistant:
-    """A Gemma 4 assistant, for one row at a time.
-
-    Args:
-        before, behind: the projections before and behind the layers.
-        layers: the parameters of each, by the names that transformers gives them.
-        norm: weight of the last norm.
-        heads: of the queries.
-        scalings: of each layer's attention.
-        scalars: what each layer multiplies its result with.
-        epsilon: of the norms.
-        gelu: the activation is GELU in its tanh form, else SiLU.
-        lists: centroids `[lists, width]`, and rows of the head `[lists · size, width]`, list by list.
-        chosen: lists that a step looks at.
-    """
-
-    NORMS = (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-        "self_attn.q_norm",
-    )
-    PROJECTIONS = (("self_attn.q_proj",), ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
-
-    def __init__(
-        self,
-        before: np.ndarray,
-        behind: np.ndarray,
-        layers: list[dict[str, np.ndarray]],
-        norm: np.ndarray,
-        heads: int,
-        scalings: list[float],
-        scalars: list[float],
-        epsilon: float,
-        gelu: bool,
-        lists: tuple[np.ndarray, np.ndarray] | None,
-        chosen: int,
-    ) -> None:
-        matrices = [before]
-        for layer in layers:
-            matrices += [np.concatenate([layer[f"{name}.weight"] for name in names]) for names in self.PROJECTIONS]
-        matrices += [behind, *(lists or ())]
-        weights = [Weights([matrix]) for matrix in matrices]
-        self.weights = tuple(w.values[0] for w in weights)
-        self.scales = tuple(w.scales[0] for w in weights)
-        self.norms = (*(layer[f"{name}.weight"] for layer in layers for name in self.NORMS), norm)
-        both = (np.array(numbers, np.float32) for numbers in (scalings, scalars))
-        self.numbers = (np.float32(epsilon), gelu, *both)
-        self.heads, self.layers, self.width, self.hidden = heads, len(layers), len(before), len(behind)
-        self.sizes = [len(layer["self_attn.q_norm.weight"]) for layer in layers]
-        self.chosen = chosen if lists else 0
-        self.listed = self.chosen * (len(lists[1]) // len(lists[0]) if lists else 0)
-        self.widest = max(len(matrix) for matrix in matrices[: 3 + 4 * len(layers)])
-
-    def read(self, buffers: list[tuple[int, int, int, int, int, int]], turns: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Says what each layer reads.
-
-        Args:
-            buffers: heads of keys and values; addresses of keys and of values, float32 `[kv heads, capacity, head
-                size]`; the capacity; the first position read and the one behind the last.
-            turns: cos and sin `[head size]`.
-        """
-        self.reads = np.array([(self.heads, size, *one) for size, one in zip(self.sizes, buffers, strict=True)])
-        self.turns = tuple(part for both in turns for part in both)
-
-    def step(self, inputs: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """float32 `[2 · hidden]` → output `[width]`, hidden state `[hidden]`, the lists looked at, int64 `[chosen]`, and
-        the products with their rows `[chosen · size]`."""
-        phases = 5 * self.layers + 6
-        outs = np.empty((phases, self.widest), np.float32)
-        chosen, logits = np.empty(self.chosen, np.int64), np.empty(self.listed, np.float32)
-        given = (inputs, self.weights, self.scales, self.norms, self.numbers, self.reads, self.turns)
-        _together(threads, _assistant, np.zeros(phases * PLACES, np.int64), *given, chosen, logits, outs)
-        return outs[-2, : self.width], outs[-1, : self.hidden], chosen, logits
+def assistant(threads: int, layers: int, *arguments: Any) -> None:
+    """`_assistant` with fresh tickets."""
+    together(threads, _assistant, 5 * layers + 6, *arguments)
 
 
 _helpers: list[Future[None]] = []
 
 
-def _together(threads: int, kernel: Callable[..., None], *arguments: Any) -> None:
-    """Runs `kernel` here and on helpers that are free."""
+def together(threads: int, kernel: Callable[..., None], phases: int, *arguments: Any) -> None:
+    """Runs `kernel` here and on those of the helpers that are free."""
+    tickets = np.zeros(phases * PLACES, np.int64)
     _helpers[:] = [helper for helper in _helpers if not helper.done()]
-    for _ in range(threads - 1 - len(_helpers)):
-        _helpers.append(_pool().submit(kernel, *arguments))
-    kernel(*arguments)
+    free = range(threads - 1 - len(_helpers))
+    _helpers.extend(_pool().submit(kernel, tickets, *arguments) for _ in free)
+    kernel(tickets, *arguments)
 
 
 @cache

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from spec_decode import cpu, decode, models
+from spec_decode import decode, models
 from spec_decode.draft_length import Adaptive, Fixed
 from spec_decode.drafters.lookup import LookupDrafter
 from spec_decode.drafters.model import ModelDrafter
@@ -165,11 +165,9 @@ CHAT = "Write the list again in capital letters: apple, banana, cherry, date, el
 @pytest.fixture(scope="module")
 def embedded_parts(embedded_dir):
     tokenizer = load_tokenizer(str(embedded_dir))
-    dtype = "int8" if cpu.supported() else "float32"
-    return Target(load_model(str(embedded_dir), torch.device("cpu"), dtype)), tokenizer
+    return Target(load_model(str(embedded_dir), torch.device("cpu"), "int8")), tokenizer
 
 
-@pytest.mark.skipif(not cpu.supported(), reason="int8 kernels are for x86")
 @pytest.mark.parametrize("start", [3, 59, 63, 64, 127, 250, 511])
 def test_embedded_rows_do_not_depend_on_their_neighbours(embedded_parts, start):
     target, _ = embedded_parts

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .. import cpu, kernels
+from .. import kernels
+from ..cpu import THREADS, array
+
+NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "self_attn.q_norm",
+)
+PROJECTIONS = (("self_attn.q_proj",), ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 
 
 class FusedAssistant:
@@ -23,45 +34,62 @@ class FusedAssistant:
     """
 
     def __init__(self, model: Any, rows: Tensor | None) -> None:
-        self.rotary = model.model.rotary_emb
         config = model.config.get_text_config()
-        layers = list(model.model.layers)
-        attentions = [layer.self_attn for layer in layers]
-        self.kinds = [attention.layer_type for attention in attentions]
-        embedder = model.masked_embedding if rows is not None else None
-        self.ordering = None if embedder is None else embedder.token_ordering.long().view(len(embedder.centroids.weight), -1)
-        self.kernel = kernels.Assistant(
-            cpu.array(model.pre_projection.weight),
-            cpu.array(model.post_projection.weight),
-            [{name: cpu.array(parameter) for name, parameter in layer.named_parameters()} for layer in layers],
-            cpu.array(model.model.norm.weight),
-            config.num_attention_heads,
-            [attention.scaling for attention in attentions],
-            [float(layer.layer_scalar) for layer in layers],
-            model.model.norm.eps,
-            config.hidden_activation != "silu",
-            None if rows is None else (cpu.array(embedder.centroids.weight), cpu.array(rows[self.ordering.flatten()])),
-            0 if embedder is None else embedder.centroid_intermediate_top_k,
+        self.rotary = model.model.rotary_emb
+        self.layers = list(model.model.layers)
+        parameters = [dict(layer.named_parameters()) for layer in self.layers]
+        matrices = [model.pre_projection.weight]
+        for layer in parameters:
+            matrices += [torch.cat([layer[f"{name}.weight"] for name in names]) for names in PROJECTIONS]
+        matrices.append(model.post_projection.weight)
+        self.widest = max(len(matrix) for matrix in matrices)  # of what threads hand to each other
+        self.ordering: Tensor | None = None
+        self.chosen = 0
+        if rows is not None:
+            embedder = model.masked_embedding
+            self.chosen = embedder.centroid_intermediate_top_k
+            self.ordering = embedder.token_ordering.long().view(len(embedder.centroids.weight), -1)
+            # A list's rows side by side: reading them so takes a third of the time.
+            matrices += [embedder.centroids.weight, rows[self.ordering.flatten()]]
+            self.widest = max(self.widest, len(self.ordering))
+        weights = [kernels.Weights([array(matrix)]) for matrix in matrices]
+        self.values, self.scales = tuple(w.values[0] for w in weights), tuple(w.scales[0] for w in weights)
+        self.norms = tuple(array(layer[f"{name}.weight"]) for layer in parameters for name in NORMS)
+        self.norms += (array(model.model.norm.weight),)
+        self.numbers = (
+            np.float32(model.model.norm.eps),
+            config.hidden_activation != "silu",  # GELU in its tanh form
+            np.array([layer.self_attn.scaling for layer in self.layers], np.float32),
+            np.array([float(layer.layer_scalar) for layer in self.layers], np.float32),
         )
+        self.heads = config.num_attention_heads
+        self.width, self.hidden = len(model.pre_projection.weight), len(model.post_projection.weight)
 
     def begin(self, shared: dict[str, tuple[Tensor, Tensor]], length: int, window: int) -> None:
         """Takes the target's keys and values `[1, heads, n, d]`, of which the first `length` are real."""
-        place = torch.full((1, 1), length)
         self.held = shared  # the kernel knows but addresses
-        buffers, turns = {}, {}
-        for kind, (keys, values) in shared.items():
+        place = torch.full((1, 1), length)
+        reads, turns = [], []
+        for layer in self.layers:
+            kind, size = layer.self_attn.layer_type, layer.self_attn.head_dim
+            keys, values = shared[kind]
             first = max(length - 1 - window, 0) if kind == "sliding_attention" else 0
             capacity = keys.stride(1) // keys.stride(2)
-            buffers[kind] = (keys.shape[1], keys.data_ptr(), values.data_ptr(), capacity, first, length)
-            cos, sin = self.rotary(keys, place, kind)
-            turns[kind] = cpu.array(cos[0, 0]), cpu.array(sin[0, 0])
-        self.kernel.read([buffers[kind] for kind in self.kinds], [turns[kind] for kind in self.kinds])
+            where = (keys.shape[1], keys.data_ptr(), values.data_ptr(), capacity, first, length)
+            reads.append((self.heads, size, *where))
+            turns += [array(part[0, 0]) for part in self.rotary(keys, place, kind)]
+        self.reads, self.turns = np.array(reads), tuple(turns)
 
     def step(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """`[1, H]` twice → the assistant's output `[1, width]`, the hidden state it feeds back `[1, H]`, and if it looks
-        at lists the tokens in them `[n]` and their logits `[1, n]`."""
-        inputs = torch.cat([embedded[0], hidden[0]])
-        out, hidden_array, chosen, logits = self.kernel.step(cpu.array(inputs), cpu.THREADS)
+        """`[1, H]` twice → the assistant's output `[1, width]`, the hidden state it feeds back `[1, H]`, and if it
+        looks at lists the tokens in them `[n]` and their logits `[1, n]`."""
+        inputs = array(torch.cat([embedded[0], hidden[0]]))
+        layers = len(self.layers)
+        outs = np.empty((5 * layers + 6, self.widest), np.float32)
+        chosen = np.empty(self.chosen, np.int64)
+        logits = np.empty((1, 0 if self.ordering is None else self.chosen * self.ordering.shape[1]), np.float32)
+        weights = (self.values, self.scales, self.norms, self.numbers)
+        kernels.assistant(THREADS, layers, inputs, *weights, self.reads, self.turns, chosen, logits[0], outs)
         ids = None if self.ordering is None else self.ordering[torch.from_numpy(chosen)].flatten()
-        output, fed_back, products = (torch.from_numpy(array)[None] for array in (out, hidden_array, logits))
-        return output, fed_back, ids, products
+        output, fed_back = torch.from_numpy(outs[-2:-1, : self.width]), torch.from_numpy(outs[-1:, : self.hidden])
+        return output, fed_back, ids, torch.from_numpy(logits)

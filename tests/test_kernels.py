@@ -1,0 +1,141 @@
+"""CPU kernels: what they compute, and that neither neighbours nor threads change a bit of it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba import njit
+
+from spec_decode import cpu, kernels
+from spec_decode.target import Target
+
+
+def array(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@given(rows=st.integers(1, 15), inputs=st.integers(1, 200), outputs=st.integers(1, 70), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_linear_is_a_product_and_rows_are_their_own(rows: int, inputs: int, outputs: int, seed: int) -> None:
+    x, w = array(rows, inputs, seed=seed), array(outputs, inputs, seed=seed + 1)
+    weights = kernels.Weights([w])
+    y = kernels.linear(x, weights, threads=2)
+    held = weights.values[0, :, :inputs] * weights.scales[0][:, None].astype(np.float64)
+    # Half a step for each product of a row, at most.
+    bound = np.abs(held).sum(1) * np.abs(x).max(1)[:, None] / (2 * kernels.levels(inputs)) + 1e-5
+    assert (np.abs(y - x.astype(np.float64) @ held.T) <= 1.01 * bound).all()
+    for i in range(rows):
+        assert np.array_equal(kernels.linear(x[i : i + 1], weights, threads=1)[0], y[i])
+
+
+def test_weights_lose_half_a_step_at_most() -> None:
+    w = array(30, 50)
+    weights = kernels.Weights([w, 3 * w])
+    for i, scale in enumerate((1, 3)):
+        error = np.abs(weights.values[i, :, :50] * weights.scales[i][:, None] - scale * w)
+        assert (error <= 0.501 * weights.scales[i][:, None]).all()
+    assert not weights.values[:, :, 50:].any()
+
+
+@pytest.mark.parametrize("width", [64, 1536, 2048, 8192, 32768])
+def test_the_largest_sums_fit(width: int) -> None:
+    """Every product as large as it can be: exact, where 32 bits would overflow with one level more."""
+    weights = kernels.Weights([np.stack([np.ones(width, np.float32), -np.ones(width, np.float32)])])
+    y = kernels.linear(np.full((1, width), 5, np.float32), weights, threads=1)
+    np.testing.assert_allclose(y[0], [5 * width, -5 * width], rtol=1e-5)
+    assert 127 * width * kernels.levels(width) < 2**31
+
+
+def test_a_row_of_zeros_gives_zeros() -> None:
+    x = np.stack([np.zeros(64, np.float32), np.ones(64, np.float32)])
+    assert not kernels.linear(x, kernels.Weights([array(8, 64)]), threads=1)[0].any()
+
+
+@pytest.mark.parametrize("rows", range(1, kernels.MOST + 1))
+@pytest.mark.parametrize("fast", [True, False])
+def test_dots_are_exact_with_and_without_avx2(rows: int, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_AVX2", fast and kernels._AVX2)
+    dots = kernels._dots(rows)
+
+    @njit
+    def call(w: Any, row: Any, x: Any, first: Any, out: Any) -> None:
+        dots(w, row, x, first, out)
+
+    generator = np.random.default_rng(rows)
+    w = generator.integers(-127, 128, (3, 192)).astype(np.int8)
+    x = generator.integers(-8191, 8192, (rows + 2, 192)).astype(np.int16)
+    out = np.zeros(rows, np.int32)
+    call(w, 1, x, 2, out)
+    assert out.tolist() == (x[2:].astype(np.int64) @ w[1].astype(np.int64)).tolist()
+
+
+def test_exp_is_near() -> None:
+    @njit
+    def call(x: Any, out: Any) -> None:
+        for i in range(len(x)):
+            out[i] = kernels_exp(x[i])
+
+    kernels_exp = kernels._exp
+    x = np.linspace(-87, 88, 20_001, dtype=np.float32)
+    out = np.empty_like(x)
+    call(x, out)
+    np.testing.assert_allclose(out, np.exp(x.astype(np.float64)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("inside", [0, 1, 6])
+def test_a_helper_that_comes_late_finds_the_work_done(inside: int) -> None:
+    """However many threads begin, and though one begins when all is over, the result is the same."""
+    x, w = array(5, 96), array(77, 96)
+    weights = kernels.Weights([w])
+    expected = kernels.linear(x, weights, threads=1)
+    tickets = np.zeros(2 * kernels.PLACES, np.int64)
+    out, rounded = np.empty((5, 77), np.float32), np.zeros((5, 128), np.int16)
+    most, size = np.float32(kernels.levels(96)), np.empty(5, np.float32)
+    arguments = (tickets, x, weights.values[0], weights.scales[0], most, rounded, size, out)
+    helpers = [threading.Thread(target=kernels._linear, args=arguments) for _ in range(inside)]
+    for helper in helpers:
+        helper.start()
+    kernels._linear(*arguments)
+    assert np.array_equal(out, expected)
+    rounded[:] = 0  # nobody looks at it any more
+    kernels._linear(*arguments)
+    for helper in helpers:
+        helper.join()
+    assert np.array_equal(out, expected)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 29])
+def test_the_llama_kernel_is_transformers_llama(start: int) -> None:
+    """Its hidden states, a prompt and the passes after it, and the same bits however it is cut and shared."""
+    torch.manual_seed(3)
+    config = {"hidden_size": 96, "head_dim": 24, "num_attention_heads": 6, "num_key_value_heads": 2}
+    plain = tiny.model("llama", **config)
+    for module in plain.modules():  # weights that 8 bits hold exactly
+        if isinstance(module, torch.nn.Linear):
+            weights = kernels.Weights([module.weight.detach().numpy()])
+            held = weights.values[0, :, : module.in_features] * weights.scales[0][:, None]
+            module.weight.data.copy_(torch.from_numpy(held))
+    tokens = torch.randint(0, 60, (start + 9,))
+    with torch.inference_mode():
+        expected = plain.model(tokens[None]).last_hidden_state[0]
+    target = Target(cpu.quantize(plain))
+    assert isinstance(target.model.model, cpu.Int8Llama)
+    seen = []
+    for threads in (1, 2, 4):
+        for cuts in ((start, start + 9), (start, *range(start + 1, start + 10)), (start, start + 2, start + 9)):
+            target.model.model.threads = threads
+            cache, hidden, begin = target.new_cache(64), [], 0
+            for end in cuts:
+                passed = target.verify(tokens[begin:end], cache, hidden=True)
+                hidden.append(passed.hidden)
+                begin = end
+            seen.append(torch.cat(hidden))
+    assert all(torch.equal(one, seen[0]) for one in seen)
+    assert (seen[0] - expected).norm() < 5e-3 * expected.norm()
