@@ -1,25 +1,20 @@
 """What a draft step of the embedded drafter costs and what its shortcuts lose: `python docs/draft_step.py`.
 
-In: the drafter in assets, or the directory named. Out: microseconds of one row through a linear layer of its size, by
-kind; milliseconds of a draft step; tokens per target pass (γ = 4, temperature 0) over every third prompt of
-assets/heldout.jsonl, from float32 with the whole head to what runs. On the CPU, beside the int8 target.
+In: the drafter in assets, or the directory named. Out: milliseconds of a draft step; tokens per target pass (γ = 4,
+temperature 0) over every third prompt of assets/heldout.jsonl, from float32 with the whole head to what runs. On the
+CPU, beside the int8 target.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.nn import functional as F
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from spec_decode import cpu, decode, models  # noqa: E402
+from spec_decode import decode, models  # noqa: E402
 from spec_decode.checkpoints import load_assistant  # noqa: E402
 from spec_decode.draft_length import Fixed  # noqa: E402
 from spec_decode.drafters.mtp import MTPDrafter  # noqa: E402
@@ -30,54 +25,28 @@ SETTINGS = Settings(max_new_tokens=96)
 
 
 def main() -> None:
-    """Prints all three."""
-    weight, x = torch.randn(1536, 576), torch.randn(1, 576)
-    half, one, int8 = weight.bfloat16(), cpu.OneRowLinear(weight), cpu.Int8Linear(weight)
-    kinds: dict[str, Any] = {
-        "float32": lambda: F.linear(x, weight),
-        "bfloat16": lambda: F.linear(x.bfloat16(), half).float(),
-        "int8, as the target's": lambda: int8(x),
-        "8-bit weights, bfloat16 row": lambda: one(x),
-    }
-    with torch.inference_mode():
-        for name, call in kinds.items():
-            print(f"{name:32} {1e6 * seconds(call, 300):6.0f} µs for 1,536 × 576")
-
+    """Prints both."""
     pair = models.load_pair(drafter="lookup", device="cpu")
     folder = sys.argv[1] if len(sys.argv) > 1 else str(models.SHIPPED)
 
     def drafter(dtype: str, chosen: int = 32) -> MTPDrafter:
         made = load_assistant(folder, pair.target.device, dtype)
         made.masked_embedding.centroid_intermediate_top_k = chosen
-        return MTPDrafter(made, pair.target)
+        return MTPDrafter(made, pair.target, int8=dtype == "int8")
 
     costs = models.measure_costs(pair.target, drafter("int8"), repeats=15)
     step = 1e3 * costs.step_seconds
     print(f"draft step {costs.draft_ratio * step:.1f} ms, {costs.draft_ratio:.3f} of a target pass of {step:.1f} ms")
 
-    whole, sevens = drafter("float32"), load_assistant(folder, pair.target.device, "float32")
+    whole = drafter("float32")
     whole.ordering = None
-    cpu.quantize_linears(sevens.model)
-    for name in ("pre_projection", "post_projection"):
-        setattr(sevens, name, cpu.Int8Linear(getattr(sevens, name).weight))
     for name, made in (
         ("float32, whole head", whole),
         ("float32, 32 lists", drafter("float32")),
-        ("int8 as the target's, 32 lists", MTPDrafter(sevens, pair.target)),
-        ("8-bit weights, 32 lists (ours)", drafter("int8")),
-        ("8-bit weights, 16 lists", drafter("int8", 16)),
+        ("8 bits, 32 lists (ours)", drafter("int8")),
+        ("8 bits, 16 lists", drafter("int8", 16)),
     ):
         print(f"{name:32} {tokens_per_pass(pair, made):6.2f} tokens per target pass", flush=True)
-
-
-def seconds(call: Any, times: int) -> float:
-    """Mean of `times` calls after a few that warm up."""
-    for _ in range(20):
-        call()
-    begun = time.perf_counter()
-    for _ in range(times):
-        call()
-    return (time.perf_counter() - begun) / times
 
 
 def tokens_per_pass(pair: models.Pair, drafter: MTPDrafter) -> float:

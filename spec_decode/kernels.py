@@ -358,10 +358,18 @@ def _gate(gate: Any, up: Any, gelu: Any, out: Any) -> None:
         out[i] = x / (np.float32(1.0) + _exp(-max(inner, np.float32(-80.0)))) * up[i]
 
 
+def _kernel(function: Callable[..., None]) -> Any:
+    """Compiled for every kind of arguments when they first come, and kept on disk, if there is a place for it."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
 # --- passes, as every thread runs them -----------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _linear(tickets: Any, x: Any, w: Any, scale: Any, most: Any, rounded: Any, size: Any, out: Any) -> None:
     """x `[rows, in]` → out `[rows, outputs]`; `rounded` and `size` are room for x in steps."""
     sums = np.empty(MOST, np.int32)
@@ -377,7 +385,7 @@ def _linear(tickets: Any, x: Any, w: Any, scale: Any, most: Any, rounded: Any, s
         c = _then(tickets, 1, chunks)
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _llama(
     tickets: Any,
     x: Any,
@@ -518,7 +526,7 @@ def _project(tickets: Any, phase: Any, x: Any, w: Any, scale: Any, outs: Any, su
     return outs[phase, : w.shape[0]]
 
 
-@njit(nogil=True, cache=True)
+@_kernel
 def _assistant(
     tickets: Any,
     inputs: Any,

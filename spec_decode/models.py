@@ -196,7 +196,8 @@ def load_pair(
         pair = Pair(lead, tokenizer, helper, target, plan)
         if pair.draft_length:
             say(f"The drafter comes with a draft length of {pair.draft_length}")
-        say("Measuring the costs of a target pass …")
+        once = " (the first start compiles for this processor, half a minute at most)" if plan.dtype == "int8" else ""
+        say(f"Measuring the costs of a target pass{once} …")
         if plan.dtype == "int8":
             torch.set_num_threads(1)  # what is left to PyTorch is small, and its idle threads would take our cores
         elif place.type == "cpu":
@@ -241,6 +242,7 @@ def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats:
     drafter.start(words, Settings(max_new_tokens=32), len(words) + 32)
     drafter.extend(words[:1], prefix)
     for _ in range(repeats):
+        verify(0)  # a draft comes behind a pass, which leaves nothing of the drafter in the processor's caches
         begun = time.perf_counter()
         draft = drafter.draft(length)
         if len(draft.ids):

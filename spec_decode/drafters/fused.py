@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..cache import bucket
 from ..cpu import THREADS, array
 
 NORMS = (
@@ -36,6 +37,7 @@ class FusedAssistant:
     def __init__(self, model: Any, rows: Tensor | None) -> None:
         config = model.config.get_text_config()
         self.rotary = model.model.rotary_emb
+        self.tables: dict[str, list[np.ndarray]] = {}
         self.layers = list(model.model.layers)
         parameters = [dict(layer.named_parameters()) for layer in self.layers]
         matrices = [model.pre_projection.weight]
@@ -68,7 +70,6 @@ class FusedAssistant:
     def begin(self, shared: dict[str, tuple[Tensor, Tensor]], length: int, window: int) -> None:
         """Takes the target's keys and values `[1, heads, n, d]`, of which the first `length` are real."""
         self.held = shared  # the kernel knows but addresses
-        place = torch.full((1, 1), length)
         reads, turns = [], []
         for layer in self.layers:
             kind, size = layer.self_attn.layer_type, layer.self_attn.head_dim
@@ -77,19 +78,26 @@ class FusedAssistant:
             capacity = keys.stride(1) // keys.stride(2)
             where = (keys.shape[1], keys.data_ptr(), values.data_ptr(), capacity, first, length)
             reads.append((self.heads, size, *where))
-            turns += [array(part[0, 0]) for part in self.rotary(keys, place, kind)]
+            turns += [table[length] for table in self._turns(kind, length)]
         self.reads, self.turns = np.array(reads), tuple(turns)
 
-    def step(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    def _turns(self, kind: str, length: int) -> list[np.ndarray]:
+        """Tables of cos and sin, `[n, head size]` each with n > `length`, made for a while ahead."""
+        known = self.tables.get(kind)
+        if known is None or len(known[0]) <= length:
+            places = torch.arange(bucket(length + 1))[None]
+            known = self.tables[kind] = [array(part[0]) for part in self.rotary(self.held[kind][0], places, kind)]
+        return known
+
+    def step(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
         """`[1, H]` twice → the assistant's output `[1, width]`, the hidden state it feeds back `[1, H]`, and if it
-        looks at lists the tokens in them `[n]` and their logits `[1, n]`."""
+        looks at lists, which ones `[chosen]` and the logits of their tokens `[chosen · size]`."""
         inputs = array(torch.cat([embedded[0], hidden[0]]))
         layers = len(self.layers)
         outs = np.empty((5 * layers + 6, self.widest), np.float32)
         chosen = np.empty(self.chosen, np.int64)
-        logits = np.empty((1, 0 if self.ordering is None else self.chosen * self.ordering.shape[1]), np.float32)
+        logits = np.empty(0 if self.ordering is None else self.chosen * self.ordering.shape[1], np.float32)
         weights = (self.values, self.scales, self.norms, self.numbers)
-        kernels.assistant(THREADS, layers, inputs, *weights, self.reads, self.turns, chosen, logits[0], outs)
-        ids = None if self.ordering is None else self.ordering[torch.from_numpy(chosen)].flatten()
+        kernels.assistant(THREADS, layers, inputs, *weights, self.reads, self.turns, chosen, logits, outs)
         output, fed_back = torch.from_numpy(outs[-2:-1, : self.width]), torch.from_numpy(outs[-1:, : self.hidden])
-        return output, fed_back, ids, torch.from_numpy(logits)
+        return output, fed_back, chosen, logits

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -95,8 +96,9 @@ class MTPDrafter:
         for i in range(1, length + 1):
             embedded = self.embed(token).to(self.device)
             if self.fused:
-                out, hidden, ids, logits = self.fused.step(embedded, hidden)
-                drawn.append(self._draw(out, places + i) if ids is None else self._draw_listed(ids, logits, places + i))
+                out, hidden, chosen, logits = self.fused.step(embedded, hidden)
+                listed = self.ordering is not None
+                drawn.append(self._from_lists(chosen, logits, places + i) if listed else self._draw(out, places + i))
             else:
                 out = self.model.model(
                     inputs_embeds=self.model.pre_projection(torch.cat([embedded, hidden], -1))[None],
@@ -147,6 +149,20 @@ class MTPDrafter:
             return ids[best], None, logits.float().softmax(-1)[0, best]
         everywhere = logits.new_full((1, self.vocabulary), -torch.inf).scatter_(-1, ids[None], logits)
         return draw(everywhere, place, self.settings)
+
+    def _from_lists(
+        self, chosen: np.ndarray, logits: np.ndarray, place: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `_draw_listed`, on the host; `chosen` are lists."""
+        assert self.ordering is not None
+        if self.settings.temperature == 0:
+            best = int(logits.argmax())
+            row, column = divmod(best, self.ordering.shape[1])
+            share = 1 / np.exp(logits - logits[best]).sum()
+            return self.ordering[chosen[row], column : column + 1], None, torch.tensor([share])
+        return self._draw_listed(
+            self.ordering[torch.from_numpy(chosen)].flatten(), torch.from_numpy(logits)[None], place
+        )
 
 
 def _sources(model: PreTrainedModel, target: Target) -> dict[str, int]:
