@@ -65,7 +65,7 @@ def _decode(
             if index > 0 and drafter is not None and lengths is not None:
                 # A round emits at most γ + 1 tokens, so the last ones are drafted no further than they may go.
                 length = min(lengths.choose(), left - 1)
-                draft = drafter.draft(length) if length > 0 else Draft(feed[:0])
+                draft = drafter.draft(length, lengths.go_on) if length > 0 else Draft(feed[:0])
             watch.mark()
             if index == 0:
                 passed = target.prefill(feed, cache, hidden)

@@ -6,14 +6,20 @@ Deterministic given the rounds; plain Python, no torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
-from .events import Costs, Round
+from .events import DRAFTED, Costs, Round
 from .settings import MAX_DRAFT_LENGTH, Settings
+
+GoOn = Callable[[list[float]], bool]  # see `drafters`, which needs torch
 
 
 class Controller(Protocol):
-    """Chooses γ before a round, and is told how the round went."""
+    """Chooses γ before a round, and is told how the round went. `go_on` may end a draft early, see `drafters.GoOn`."""
+
+    @property
+    def go_on(self) -> GoOn | None: ...
 
     def choose(self) -> int:
         """γ of the next round."""
@@ -24,6 +30,8 @@ class Controller(Protocol):
 
 class Fixed:
     """Always the same γ."""
+
+    go_on: GoOn | None = None
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -37,6 +45,8 @@ class Fixed:
 
 class Threshold:
     """γ from the acceptance rate of recent rounds: above 0.9 → 6, above 0.7 → 4, else 2."""
+
+    go_on: GoOn | None = None
 
     def __init__(self, decay: float = 0.9) -> None:
         self.decay = decay
@@ -59,7 +69,15 @@ class Adaptive:
     hopeful where nothing was. Seconds a round takes: measured costs, corrected by what rounds of that γ really took.
     When a plain step wins, every now and then a short draft is tried, at intervals that double while drafting goes on
     losing, so that the exploration costs a vanishing share and a change is still noticed.
+
+    Where the drafter's confidences are at hand, γ is only where a draft ends at the latest: it ends as soon as the next
+    token is likelier to cost time than to save it (dynamic draft length, as in EAGLE-2, arXiv:2406.16858). How often a
+    draft of what confidence is accepted is learnt as well, beginning with what the drafter says. What rounds then bring
+    depends on when they ended, so drafting as a whole is weighed against plain steps by what was measured.
     """
+
+    BINS = 8  # of confidence
+    FIRST = 6  # drafted rounds before their measured rate counts
 
     def __init__(self, costs: Costs | None, longest: int = MAX_DRAFT_LENGTH, decay: float = 0.92) -> None:
         self.longest = longest
@@ -78,17 +96,46 @@ class Adaptive:
         self.since_draft = 0
         self.patience = 8
         self.probe = False
+        self.asked = False  # for the latest draft: `go_on` was
+        self.weighed = 0  # drafts that could end early
+        self.brought = self.took = 0.0  # tokens and seconds of theirs, decayed
+        self.sure_taken = [2.0 * (i + 0.5) / self.BINS for i in range(self.BINS)]
+        self.sure_tried = [2.0] * self.BINS
 
     def choose(self) -> int:
         best = max(range(self.longest + 1), key=self._rate)
+        if best and self.weighed >= self.FIRST and self.brought / self.took < self._rate(0):
+            best = 0
         self.probe = best == 0 and self.since_draft >= self.patience
+        self.asked = False
         return self._cheap_probe() if self.probe else best
+
+    def go_on(self, sure: list[float]) -> bool:
+        """Whether a draft with these confidences should have one more token."""
+        self.asked = True
+        n = len(sure)
+        if n >= self.longest:
+            return False
+        reach = self.taken[n] / self.tried[n]  # of the next one, once those before are accepted
+        for confidence in sure:
+            reach *= self._chance(confidence)
+        rate = max(self._rate(0), self.brought / self.took if self.took else 0.0)
+        return reach > rate * (self.modelled[n + 1] - self.modelled[n]) * self.scale[0]
 
     def observe(self, round: Round) -> None:
         drafted, accepted = round.drafted, round.accepted
         for i in range(min(accepted + 1, drafted, self.longest)):
             self.tried[i] = self.decay * self.tried[i] + 1
             self.taken[i] = self.decay * self.taken[i] + (i < accepted)
+        if self.asked:
+            for i, token in enumerate(t for t in round.tokens if t.role in DRAFTED):
+                if i <= accepted and token.q is not None:
+                    bin = self._bin(token.q)
+                    self.sure_tried[bin] = 0.98 * self.sure_tried[bin] + 1
+                    self.sure_taken[bin] = 0.98 * self.sure_taken[bin] + (i < accepted)
+            self.weighed += 1
+            self.brought = self.decay * self.brought + len(round.emitted)
+            self.took = self.decay * self.took + round.seconds
         if drafted <= self.longest and round.seconds > 0:
             # A length's first round sets its scale, so every length is judged by what it took itself; what others took
             # says little about it (a kernel may fall off a cliff between two widths). Those not in use drift towards
@@ -106,6 +153,14 @@ class Adaptive:
             if self.probe:
                 self.patience = 8 if accepted else min(self.patience * 2, 256)
             self.since_draft = 0
+
+    def _bin(self, confidence: float) -> int:
+        return min(int(confidence * self.BINS), self.BINS - 1)
+
+    def _chance(self, confidence: float) -> float:
+        """How often a draft of this confidence is accepted."""
+        bin = self._bin(confidence)
+        return self.sure_taken[bin] / self.sure_tried[bin]
 
     def expected_tokens(self, length: int) -> float:
         """Tokens a round of draft length `length` is expected to emit."""

@@ -14,7 +14,7 @@ from transformers.generation.candidate_generator import SinglePositionMultiToken
 
 from spec_decode import decode, kernels
 from spec_decode.draft_length import Adaptive, Fixed
-from spec_decode.drafters import Draft
+from spec_decode.drafters import Draft, GoOn
 from spec_decode.drafters.mtp import MTPDrafter
 from spec_decode.errors import ModelError
 from spec_decode.sampling import distribution
@@ -40,8 +40,8 @@ class WatchedMTP(MTPDrafter):
         super().extend(tokens, target)
         self.sequence += tokens
 
-    def draft(self, length: int) -> Draft:
-        made = super().draft(length)
+    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
+        made = super().draft(length, go_on)
         self.drafts.append((list(self.sequence), made))
         return made
 
@@ -202,8 +202,8 @@ def test_rejection_of_argmax_drafts_is_not_exact() -> None:
     """The test of the test: drafts that were not drawn from q, judged as if they were, must be found out."""
 
     class Argmax(MTPDrafter):
-        def draft(self, length: int) -> Draft:
-            drawn = super().draft(length)
+        def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
+            drawn = super().draft(length, go_on)
             assert drawn.probabilities is not None
             return Draft(drawn.probabilities.argmax(-1), drawn.probabilities)
 

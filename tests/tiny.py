@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from spec_decode.drafters import Draft
+from spec_decode.drafters import Draft, GoOn
 from spec_decode.target import Target
 
 VOCABULARY = 96
@@ -148,7 +148,7 @@ class ScriptedDrafter:
     def extend(self, tokens: list[int], target: Any) -> None:
         self.tokens += tokens
 
-    def draft(self, length: int) -> Draft:
+    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
         return Draft(torch.tensor(self.script(self.tokens, length), dtype=torch.long))
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ was emitted. `Draft.probabilities` is q when, and only when, the ids were drawn 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +15,10 @@ from torch import Tensor
 
 from ..settings import Settings
 from ..target import Pass
+
+# Told the confidences of the tokens drafted so far: is one more worth its cost? A drafted token stays in the draft
+# whatever the answer, so the answer may depend on it and every rule stays exact.
+GoOn = Callable[[list[float]], bool]
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,13 @@ def joined(drawn: list[tuple[Tensor, Tensor | None, Tensor]], device: torch.devi
     return Draft(torch.cat(ids).to(device), sampled, torch.cat(confidence).to(device))
 
 
+def worth_more(drawn: list[tuple[Tensor, Tensor | None, Tensor]], go_on: GoOn | None) -> bool:
+    """What `go_on` says of tokens from `sampling.draw`. On an accelerator always yes: asking would wait for it."""
+    if go_on is None or drawn[-1][2].device.type != "cpu":
+        return True
+    return go_on([float(confidence) for _, _, confidence in drawn])
+
+
 class Drafter(Protocol):
     """What decoding asks of a drafter. One instance serves one lane at a time; `start` begins a new sequence.
 
@@ -49,8 +61,9 @@ class Drafter(Protocol):
     def extend(self, tokens: list[int], target: Pass) -> None:
         """`tokens` were emitted by the pass `target`; the next draft continues after the last of them."""
 
-    def draft(self, length: int) -> Draft:
-        """Up to `length` ≥ 1 tokens that may come next."""
+    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
+        """Up to `length` ≥ 1 tokens that may come next; where confidences are on the host anyway, no further than
+        `go_on` says."""
 
     def close(self) -> None:
         """The sequence is over; its memory can go."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..settings import Settings
 from ..target import Pass
-from . import Draft, Drafter
+from . import Draft, Drafter, GoOn
 from .lookup import LookupDrafter
 
 DECAY = 0.9
@@ -47,12 +47,12 @@ class EitherDrafter:
         self.lookup.extend(tokens, target)
         self.other.extend(tokens, target)
 
-    def draft(self, length: int) -> Draft:
+    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
         size, _ = self.lookup.match(1)
         if size and self.rate(size) >= self.rate("other") - FREE:
             return self.lookup.draft(length)
         self.asked = True
-        return self.other.draft(length)
+        return self.other.draft(length, go_on)
 
     def close(self) -> None:
         self.lookup.close()

@@ -10,7 +10,7 @@ import torch
 
 from ..settings import Settings
 from ..target import Pass
-from . import Draft
+from . import Draft, GoOn
 
 
 class LookupDrafter:
@@ -36,7 +36,7 @@ class LookupDrafter:
     def extend(self, tokens: list[int], target: Pass) -> None:
         self._append(tokens)
 
-    def draft(self, length: int) -> Draft:
+    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
         return Draft(torch.tensor(self.match(length)[1], dtype=torch.long, device=self.device))
 
     def match(self, length: int) -> tuple[int, list[int]]:

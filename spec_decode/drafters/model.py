@@ -12,7 +12,7 @@ from ..errors import ModelError
 from ..sampling import draw
 from ..settings import Settings
 from ..target import Pass, Target
-from . import Draft, joined
+from . import Draft, GoOn, joined, worth_more
 
 
 class ModelDrafter:
@@ -39,7 +39,7 @@ class ModelDrafter:
         self.tokens += tokens
 
     @torch.inference_mode()
-    def draft(self, length: int) -> Draft:
+    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
         feed = torch.tensor(self.tokens[self.cache.length :], device=self.model.device)
         drawn = []
         for i in range(length):
@@ -47,6 +47,8 @@ class ModelDrafter:
             if logits.shape[1] < self.vocabulary:
                 logits = torch.nn.functional.pad(logits, (0, self.vocabulary - logits.shape[1]), value=-torch.inf)
             drawn.append(draw(logits, torch.full((1,), len(self.tokens) + i, device=logits.device), self.settings))
+            if not worth_more(drawn, go_on):
+                break
             feed = drawn[-1][0]
         return joined(drawn, self.device)
 

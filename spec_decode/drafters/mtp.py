@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..sampling import draw
 from ..settings import Settings
 from ..target import Pass, Target
-from . import Draft, fused, joined
+from . import Draft, GoOn, fused, joined, worth_more
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 
@@ -81,7 +81,7 @@ class MTPDrafter:
         self.last = tokens[-1]
 
     @torch.inference_mode()
-    def draft(self, length: int) -> Draft:
+    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
         assert self.seen is not None
         position = self.seen.cache.length  # of the last token, which the target has not read yet
         places = torch.full((1,), position, device=self.device)
@@ -109,6 +109,8 @@ class MTPDrafter:
                 ).last_hidden_state[0]
                 hidden = self.model.post_projection(out)
                 drawn.append(self._draw(out, places + i))
+            if not worth_more(drawn, go_on):
+                break
             token = drawn[-1][0].to(token.device)
         return joined(drawn, self.embed.weight.device)
 
