@@ -72,8 +72,9 @@ class Adaptive:
 
     Where the drafter's confidences are at hand, γ is only where a draft ends at the latest: it ends as soon as the next
     token is likelier to cost time than to save it (dynamic draft length, as in EAGLE-2, arXiv:2406.16858). How often a
-    draft of what confidence is accepted is learnt as well, beginning with what the drafter says. What rounds then bring
-    depends on when they ended, so drafting as a whole is weighed against plain steps by what was measured.
+    draft of what confidence is accepted is learnt as well, beginning with what the drafter says. What a round then
+    brings depends on when it ended, so drafting as a whole is weighed against plain steps by what rounds took and what
+    their confidences promised, which says the same as what they brought and is less a matter of luck.
     """
 
     BINS = 8  # of confidence
@@ -99,13 +100,13 @@ class Adaptive:
         self.asked = False  # for the latest draft: `go_on` was
         self.weighed = 0  # drafts that could end early
         self.brought = self.took = 0.0  # tokens and seconds of theirs, decayed
-        self.sure_taken = [2.0 * (i + 0.5) / self.BINS for i in range(self.BINS)]
-        self.sure_tried = [2.0] * self.BINS
+        self.sure_taken = [6.0 * (i + 0.5) / self.BINS for i in range(self.BINS)]
+        self.sure_tried = [6.0] * self.BINS
 
     def choose(self) -> int:
         best = max(range(self.longest + 1), key=self._rate)
-        if best and self.weighed >= self.FIRST and self.brought / self.took < self._rate(0):
-            best = 0
+        if self.weighed >= self.FIRST:
+            best = self.longest if self.brought / self.took > self._rate(0) else 0
         self.probe = best == 0 and self.since_draft >= self.patience
         self.asked = False
         return self._cheap_probe() if self.probe else best
@@ -128,13 +129,17 @@ class Adaptive:
             self.tried[i] = self.decay * self.tried[i] + 1
             self.taken[i] = self.decay * self.taken[i] + (i < accepted)
         if self.asked:
-            for i, token in enumerate(t for t in round.tokens if t.role in DRAFTED):
-                if i <= accepted and token.q is not None:
-                    bin = self._bin(token.q)
+            sure = [token.q for token in round.tokens if token.role in DRAFTED and token.q is not None]
+            promised = reach = 1.0
+            for i, confidence in enumerate(sure):
+                reach *= self._chance(confidence)
+                promised += reach
+                if i <= accepted:
+                    bin = self._bin(confidence)
                     self.sure_tried[bin] = 0.98 * self.sure_tried[bin] + 1
                     self.sure_taken[bin] = 0.98 * self.sure_taken[bin] + (i < accepted)
             self.weighed += 1
-            self.brought = self.decay * self.brought + len(round.emitted)
+            self.brought = self.decay * self.brought + (promised if sure else len(round.emitted))
             self.took = self.decay * self.took + round.seconds
         if drafted <= self.longest and round.seconds > 0:
             # A length's first round sets its scale, so every length is judged by what it took itself; what others took

@@ -122,3 +122,59 @@ def test_adaptive_stays_in_range(longest: int) -> None:
     assert all(0 <= g <= longest for g in drive(chooser, CHEAP, 0.8, 200))
     chooser.observe(finished(0, 0, 0.0))  # a drafter may have nothing to say, and a clock may not have moved
     assert 0 <= chooser.choose() <= longest
+
+
+def drive_gated(
+    chooser: Adaptive, costs: Costs, rounds: int, honest: float = 1.0, scale: float = 1.0, seed: int = 0
+) -> tuple[float, float, list[int]]:
+    """Tokens, seconds and lengths of drafts whose confidences c are spread evenly over [0, `scale`] and which are
+    accepted with probability `honest` · c."""
+    rng, tokens, spent, lengths = random.Random(seed), 0, 0.0, []
+    for _ in range(rounds):
+        length, sure = chooser.choose(), []
+        while len(sure) < length:
+            sure.append(scale * rng.random())
+            if not chooser.go_on(sure):
+                break
+        accepted = next((i for i, c in enumerate(sure) if rng.random() >= honest * c), len(sure))
+        roles = ["accepted"] * accepted + ["rejected"] * (len(sure) - accepted)
+        drafted = [
+            Token(1, "", role, q=c, draft_position=i + 1)  # type: ignore[arg-type]
+            for i, (role, c) in enumerate(zip(roles, sure, strict=True))
+        ]
+        own = Token(2, "", "target" if not sure else "bonus" if accepted == len(sure) else "correction")
+        took = seconds(costs, len(sure))
+        chooser.observe(Round(SPECULATIVE, 1, (*drafted, own), length, 0.0, took, took, took))
+        tokens, spent = tokens + accepted + 1, spent + took
+        lengths.append(len(sure))
+    return tokens, spent, lengths
+
+
+MIDDLE = Costs(0.01, tuple(1 + 0.1 * g for g in range(17)), 0.07)
+
+
+def test_confidence_beats_every_fixed_length() -> None:
+    tokens, spent, lengths = drive_gated(Adaptive(MIDDLE), MIDDLE, 3000)
+    best = max(predicted_speedup([0.5], MIDDLE, g) for g in range(17))
+    assert tokens / spent * MIDDLE.step_seconds > 1.03 * best
+    assert len(set(lengths)) > 3
+
+
+def test_confidence_that_promises_too_much_is_seen_through() -> None:
+    """Every draft is half as good as it says, and a quarter of the time not worth making."""
+    tokens, spent, lengths = drive_gated(Adaptive(MIDDLE), MIDDLE, 3000, honest=0.3)
+    assert tokens / spent * MIDDLE.step_seconds > 0.98
+    assert sum(lengths[-500:]) / 500 < 1
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.3])
+def test_a_drafter_that_is_never_sure_costs_next_to_nothing(scale: float) -> None:
+    tokens, spent, _ = drive_gated(Adaptive(MIDDLE), MIDDLE, 600, scale=scale)
+    assert tokens / spent * MIDDLE.step_seconds > 0.97
+
+
+def test_go_on_never_goes_beyond_the_longest() -> None:
+    chooser = Adaptive(CHEAP, longest=3)
+    assert chooser.go_on([1.0, 1.0])
+    assert not chooser.go_on([1.0, 1.0, 1.0])
+    assert not chooser.go_on([0.01])

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from spec_decode import decode, verification
 from spec_decode.draft_length import Fixed
+from spec_decode.drafters import Draft, GoOn
 from spec_decode.drafters.model import ModelDrafter
 from spec_decode.sampling import ACCEPT, DRAFT, RESIDUAL, TARGET, distribution, exponential, race, uniform
 from spec_decode.settings import Settings
@@ -399,15 +400,42 @@ def silent() -> Any:
     return stream
 
 
-@pytest.mark.parametrize("rule", ["rejection", "coupled"])
-def test_decode_is_exact(rule: str) -> None:
-    """`decode` itself with a draft model, one seed a trial."""
+class Early(Fixed):
+    """Ends a draft behind the first token the drafter is not sure of."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.go_on = lambda sure: sure[-1] > 0.5
+
+
+class Picky(ModelDrafter):
+    """Leaves the first token it is not sure of out of the draft, which gives the drafted ones away as likely ones."""
+
+    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
+        made = super().draft(length)
+        assert made.confidence is not None and made.probabilities is not None
+        sure = int((made.confidence > 0.5).long().cumprod(0).sum())
+        return Draft(made.ids[:sure], made.probabilities[:sure], made.confidence[:sure])
+
+
+def decoded(lengths: Fixed, rule: str, trials: int, kind: type[ModelDrafter] = ModelDrafter) -> float:
+    """p-value of what `decode` itself emits with a draft model, one seed a trial."""
     target, other = TableModel(table(4, 7)), TableModel(table(4, 99))
-    trials, tokens = 500, []
+    tokens = []
     for seed in range(trials):
         settings = Settings(temperature=1.0, top_k=3, rule=rule, max_new_tokens=TOKENS + 1, seed=seed)
-        drafter = ModelDrafter(other, "table", 4)  # type: ignore[arg-type]
-        rounds = decode.speculative(target, drafter, Fixed(2), list(PROMPT), silent(), settings)  # type: ignore[arg-type]
+        drafter = kind(other, "table", 4)  # type: ignore[arg-type]
+        rounds = decode.speculative(target, drafter, lengths, list(PROMPT), silent(), settings)  # type: ignore[arg-type]
         tokens.append([t.id for r in rounds for t in r.emitted][:TOKENS])
-    joint = enumerate_joint(distribution(table(4, 7), settings))
-    assert p_value(torch.tensor(tokens), joint) > FALSE_ALARM
+    return p_value(torch.tensor(tokens), enumerate_joint(distribution(table(4, 7), settings)))
+
+
+@pytest.mark.parametrize("lengths", [Fixed(2), Early(3)], ids=["fixed", "ends early"])
+@pytest.mark.parametrize("rule", ["rejection", "coupled"])
+def test_decode_is_exact(rule: str, lengths: Fixed) -> None:
+    assert decoded(lengths, rule, 500) > FALSE_ALARM
+
+
+def test_leaving_unlikely_drafts_out_is_caught() -> None:
+    """A draft may end behind an unlikely token, not before it."""
+    assert decoded(Fixed(2), "rejection", 1500, Picky) < FALSE_ALARM
