@@ -15,10 +15,9 @@ in hand, and one that comes late finds the work done. Helpers are help; the call
 from __future__ import annotations
 
 import math
-import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from queue import SimpleQueue
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -669,18 +668,36 @@ def assistant(threads: int, layers: int, *arguments: Any) -> None:
     together(threads, _assistant, 5 * layers + 6, *arguments)
 
 
-_helpers: list[Future[None]] = []
+class _Helper(threading.Thread):
+    """Runs a kernel now and then. A pool of the standard library takes several times as long to hand one over."""
+
+    def __init__(self) -> None:
+        super().__init__(name="kernel", daemon=True)
+        self.jobs: SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
+        self.busy = False
+        self.start()
+
+    def help(self, kernel: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        self.busy = True
+        self.jobs.put((kernel, arguments))
+
+    def run(self) -> None:
+        while True:
+            kernel, arguments = self.jobs.get()
+            kernel(*arguments)
+            del arguments  # they hold buffers
+            self.busy = False
+
+
+_helpers: list[_Helper] = []
 
 
 def together(threads: int, kernel: Callable[..., None], phases: int, *arguments: Any) -> None:
     """Runs `kernel` here and on those of the helpers that are free."""
-    tickets = np.zeros(phases * PLACES, np.int64)
-    _helpers[:] = [helper for helper in _helpers if not helper.done()]
-    free = range(threads - 1 - len(_helpers))
-    _helpers.extend(_pool().submit(kernel, tickets, *arguments) for _ in free)
-    kernel(tickets, *arguments)
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max((os.cpu_count() or 1) - 1, 1), "kernel")
+    arguments = (np.zeros(phases * PLACES, np.int64), *arguments)
+    while len(_helpers) < threads - 1:
+        _helpers.append(_Helper())
+    for helper in _helpers[: threads - 1]:
+        if not helper.busy:
+            helper.help(kernel, arguments)
+    kernel(*arguments)
