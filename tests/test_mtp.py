@@ -235,7 +235,8 @@ def test_the_assistant_may_name_the_layers_it_reads() -> None:
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["head", "centroids"])
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
-def test_the_int8_step_is_the_assistants_own_forward(ordered: bool, activation: str) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_int8_step_is_the_assistants_own_forward(ordered: bool, activation: str, temperature: float) -> None:
     """With weights that 8 bits hold exactly: what is fed back and what it would draw from, beyond the window."""
     model, assistant = tiny.gemma4("dense", ordered=ordered, hidden_activation=activation)
     for module in assistant.modules():
@@ -249,8 +250,30 @@ def test_the_int8_step_is_the_assistants_own_forward(ordered: bool, activation: 
     seen = target.prefill(torch.tensor(LONG), cache, hidden=True)
     drafts = []
     for drafter in (fused, plain):
-        drafter.start(LONG, Settings(temperature=1.0), len(LONG) + 8)
+        drafter.start(LONG, Settings(temperature=temperature), len(LONG) + 8)
         drafter.extend([7], seen)
         drafts.append(drafter.draft(4))
     assert drafts[0].ids.tolist() == drafts[1].ids.tolist()
-    torch.testing.assert_close(drafts[0].probabilities, drafts[1].probabilities, rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(drafts[0].confidence, drafts[1].confidence, rtol=0.02, atol=1e-3)
+    if temperature:
+        torch.testing.assert_close(drafts[0].probabilities, drafts[1].probabilities, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_draft_ends_behind_the_token_that_go_on_says(int8: bool, temperature: float) -> None:
+    model, assistant = tiny.gemma4("dense", ordered=True)
+    target = Target(model)
+    drafter = MTPDrafter(assistant, target, int8=int8)
+    drafter.start(LONG, Settings(temperature=temperature), len(LONG) + 8)
+    drafter.extend([7], target.prefill(torch.tensor(LONG), target.new_cache(len(LONG) + 8), hidden=True))
+    whole, told = drafter.draft(5), []
+
+    def go_on(sure: list[float]) -> bool:
+        told.append(list(sure))
+        return len(sure) < 3
+
+    ended = drafter.draft(5, go_on)
+    assert ended.ids.tolist() == whole.ids[:3].tolist()
+    assert [len(sure) for sure in told] == [1, 2, 3]
+    assert ended.confidence is not None and told[-1] == pytest.approx(ended.confidence.tolist())

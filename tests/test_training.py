@@ -297,3 +297,12 @@ def test_lists_are_of_equal_size_and_hold_every_token() -> None:
     within = torch.stack([(close[part] @ close[part].T).mean() for part in order.view(8, 12)]).mean()
     anyhow = (close @ close.T).mean()
     assert within > anyhow + 0.05
+
+
+def test_no_prompt_that_the_embedded_drafter_learnt_from_is_held_out() -> None:
+    assets = Path(__file__).parents[1] / "assets"
+    kept = [entry["prompt"] for name in ("heldout", "examples") for entry in prompts.read(assets / f"{name}.jsonl")]
+    held_out = prompts.HeldOut(kept)
+    learnt = prompts.read(assets / "prompts.jsonl")
+    assert len({prompts.fingerprint(entry["prompt"]) for entry in learnt}) == len(learnt) > 2000
+    assert not [entry["prompt"] for entry in learnt if entry["prompt"] in held_out]

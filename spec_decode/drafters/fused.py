@@ -45,14 +45,15 @@ class FusedAssistant:
             matrices += [torch.cat([layer[f"{name}.weight"] for name in names]) for names in PROJECTIONS]
         matrices.append(model.post_projection.weight)
         self.widest = max(len(matrix) for matrix in matrices)  # of what threads hand to each other
-        self.ordering: Tensor | None = None
+        self.ordering: np.ndarray | None = None
         self.chosen = 0
         if rows is not None:
             embedder = model.masked_embedding
             self.chosen = embedder.centroid_intermediate_top_k
-            self.ordering = embedder.token_ordering.long().view(len(embedder.centroids.weight), -1)
+            ordering = embedder.token_ordering.long().cpu()
             # A list's rows side by side: reading them so takes a third of the time.
-            matrices += [embedder.centroids.weight, rows[self.ordering.flatten()]]
+            matrices += [embedder.centroids.weight, rows[ordering]]
+            self.ordering = ordering.view(len(embedder.centroids.weight), -1).numpy()
             self.widest = max(self.widest, len(self.ordering))
         weights = [kernels.Weights([array(matrix)]) for matrix in matrices]
         self.values, self.scales = tuple(w.values[0] for w in weights), tuple(w.scales[0] for w in weights)

@@ -86,19 +86,24 @@ class MTPDrafter:
         position = self.seen.cache.length  # of the last token, which the target has not read yet
         places = torch.full((1,), position, device=self.device)
         shared = self._shared()
+        hidden = self.hidden.to(self.device).view(1, -1)
         if self.fused:
             self.fused.begin(shared, position, self.config.sliding_window)
+            if self.ordering is not None and self.settings.temperature == 0:
+                return self._most_likely(hidden, length, go_on)
         else:
             masks = self._masks(shared, position)
-        hidden = self.hidden.to(self.device).view(1, -1)
         token = torch.full((1,), self.last, device=self.embed.weight.device)  # a fill: no copy that waits
         drawn = []
         for i in range(1, length + 1):
             embedded = self.embed(token).to(self.device)
             if self.fused:
                 out, hidden, chosen, logits = self.fused.step(embedded, hidden)
-                listed = self.ordering is not None
-                drawn.append(self._from_lists(chosen, logits, places + i) if listed else self._draw(out, places + i))
+                if self.ordering is None:
+                    drawn.append(self._draw(out, places + i))
+                else:
+                    ids = self.ordering[torch.from_numpy(chosen)].flatten()
+                    drawn.append(self._draw_listed(ids, torch.from_numpy(logits)[None], places + i))
             else:
                 out = self.model.model(
                     inputs_embeds=self.model.pre_projection(torch.cat([embedded, hidden], -1))[None],
@@ -152,19 +157,21 @@ class MTPDrafter:
         everywhere = logits.new_full((1, self.vocabulary), -torch.inf).scatter_(-1, ids[None], logits)
         return draw(everywhere, place, self.settings)
 
-    def _from_lists(
-        self, chosen: np.ndarray, logits: np.ndarray, place: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """As `_draw_listed`, on the host; `chosen` are lists."""
-        assert self.ordering is not None
-        if self.settings.temperature == 0:
+    def _most_likely(self, hidden: Tensor, length: int, go_on: GoOn | None) -> Draft:
+        """The most likely token of the lists at every step; all of it on the host, where a tensor of one number costs
+        as much as a thousand weights."""
+        assert self.fused is not None and self.fused.ordering is not None
+        lists = self.fused.ordering
+        ids: list[int] = []
+        sure: list[float] = []
+        while len(ids) < length and (not ids or go_on is None or go_on(sure)):
+            embedded = self.embed(torch.tensor([ids[-1] if ids else self.last]))
+            _, hidden, chosen, logits = self.fused.step(embedded, hidden)
             best = int(logits.argmax())
-            row, column = divmod(best, self.ordering.shape[1])
-            share = 1 / np.exp(logits - logits[best]).sum()
-            return self.ordering[chosen[row], column : column + 1], None, torch.tensor([share])
-        return self._draw_listed(
-            self.ordering[torch.from_numpy(chosen)].flatten(), torch.from_numpy(logits)[None], place
-        )
+            row, column = divmod(best, lists.shape[1])
+            ids.append(int(lists[chosen[row], column]))
+            sure.append(float(1 / np.exp(logits - logits[best]).sum()))
+        return Draft(torch.tensor(ids), None, torch.tensor(sure))
 
 
 def _sources(model: PreTrainedModel, target: Target) -> dict[str, int]:
