@@ -30,7 +30,7 @@ from .cache import RollbackCache, bucket
 
 ROWWISE = "rowwise_sdpa"
 READ = 64  # positions; keys and values are read in steps of it
-THREADS = torch.get_num_threads()  # as many as PyTorch would use
+MOST_THREADS = threads = torch.get_num_threads()  # as many as PyTorch would use; see `models.choose_threads`
 MOST_ROWS = 32  # a pass of more is a prefill, which both lanes make alike
 
 
@@ -89,7 +89,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        y = torch.from_numpy(kernels.linear(array(rows), self.weights, THREADS))
+        y = torch.from_numpy(kernels.linear(array(rows), self.weights, threads))
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -124,7 +124,6 @@ class Int8Llama(nn.Module):
             for names in self.PROJECTIONS
         ]
         self.values, self.scales = tuple(w.values for w in weights), tuple(w.scales for w in weights)
-        self.threads = THREADS
         self.turns = [np.empty((0, attention.head_dim), np.float32)] * 2  # cos and sin of the first positions
 
     def forward(
@@ -145,7 +144,7 @@ class Int8Llama(nn.Module):
         _, kv_heads, size = self.shape
         buffers = cache.buffers(kv_heads, size, x)
         kernels.llama(
-            self.threads,
+            threads,
             len(self.norms),
             array(x),
             start,

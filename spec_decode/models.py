@@ -198,10 +198,8 @@ def load_pair(
             say(f"The drafter comes with a draft length of {pair.draft_length}")
         once = " (the first start compiles for this processor, half a minute at most)" if plan.dtype == "int8" else ""
         say(f"Measuring the costs of a target pass{once} …")
-        if plan.dtype == "int8":
-            torch.set_num_threads(1)  # what is left to PyTorch is small, and its idle threads would take our cores
-        elif place.type == "cpu":
-            choose_threads(lead)
+        if place.type == "cpu":
+            choose_threads(lead, plan.dtype == "int8")
         pair.costs = measure_costs(lead, helper)
     except ValueError as error:  # a cache that cannot roll back
         raise ModelError(f"{target} cannot be raced: {error}.") from error
@@ -254,28 +252,37 @@ def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats:
     return Costs(step, tuple(ratio), median(spent) / step)
 
 
-def choose_threads(target: Target) -> int:
-    """Sets PyTorch to one thread or to all, whichever makes a plain step faster now, and returns the number.
+def choose_threads(target: Target, int8: bool) -> int:
+    """Chooses the number of threads with which a plain step is fastest now, and returns it.
 
-    On an idle machine all cores win. Where others are at work, every operation waits for the slowest of its threads to
-    be scheduled, and one thread can be several times faster.
+    Those of our kernels (`int8`) or PyTorch's, one or all. On an idle machine all of a few cores win. Many get
+    into each other's way, and where others are at work, every operation of PyTorch waits for the slowest of its threads
+    to be scheduled, so that one can be several times faster.
     """
-    everything = cpu.THREADS
+    everything = cpu.MOST_THREADS
+    counts = [2**i for i in range(everything.bit_length()) if 2**i < everything and (int8 or i == 0)] + [everything]
     token = torch.zeros(1, dtype=torch.long, device=target.device)
     cache = target.new_cache(1)
+    torch.set_num_threads(1)  # beside our kernels: little is left to PyTorch, and its idle threads would take our cores
 
     def seconds(threads: int) -> float:
-        torch.set_num_threads(threads)
+        use(threads)
         cache.reset()
         begun = time.perf_counter()
         target.verify(token, cache)
         return time.perf_counter() - begun
 
+    def use(threads: int) -> None:
+        if int8:
+            cpu.threads = threads
+        else:
+            torch.set_num_threads(threads)
+
     seconds(everything)
-    samples = [[seconds(threads) for threads in (1, everything)] for _ in range(5)]
-    alone, together = (median(column) for column in zip(*samples, strict=True))
-    best = 1 if alone < 0.9 * together else everything
-    torch.set_num_threads(best)
+    samples = [[seconds(threads) for threads in counts] for _ in range(5)]
+    medians = dict(zip(counts, (median(column) for column in zip(*samples, strict=True)), strict=True))
+    best = min(counts, key=lambda threads: medians[threads] * (0.9 if threads == everything else 1.0))
+    use(best)
     return best
 
 
@@ -284,7 +291,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": max(torch.get_num_threads(), cpu.threads) if device.type == "cpu" else torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

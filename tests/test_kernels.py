@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from spec_decode import cpu, kernels
+from spec_decode import cpu, kernels, models
 from spec_decode.target import Target
 
 
@@ -112,7 +112,7 @@ def test_a_helper_that_comes_late_finds_the_work_done(inside: int) -> None:
 
 
 @pytest.mark.parametrize("start", [1, 2, 3, 29])
-def test_the_llama_kernel_is_transformers_llama(start: int) -> None:
+def test_the_llama_kernel_is_transformers_llama(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its hidden states, a prompt and the passes after it, and the same bits however it is cut and shared."""
     torch.manual_seed(3)
     config = {"hidden_size": 96, "head_dim": 24, "num_attention_heads": 6, "num_key_value_heads": 2}
@@ -130,7 +130,7 @@ def test_the_llama_kernel_is_transformers_llama(start: int) -> None:
     seen = []
     for threads in (1, 2, 4):
         for cuts in ((start, start + 9), (start, *range(start + 1, start + 10)), (start, start + 2, start + 9)):
-            target.model.model.threads = threads
+            monkeypatch.setattr(cpu, "threads", threads)
             cache, hidden, begin = target.new_cache(64), [], 0
             for end in cuts:
                 passed = target.verify(tokens[begin:end], cache, hidden=True)
@@ -139,3 +139,23 @@ def test_the_llama_kernel_is_transformers_llama(start: int) -> None:
             seen.append(torch.cat(hidden))
     assert all(torch.equal(one, seen[0]) for one in seen)
     assert (seen[0] - expected).norm() < 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize(("int8", "best"), [(True, 1), (True, 4), (True, 12), (False, 1), (False, 12)])
+def test_as_many_threads_as_make_a_step_fastest(int8: bool, best: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = [12]
+    monkeypatch.setattr(cpu, "MOST_THREADS", 12)
+    monkeypatch.setattr(cpu, "threads", 12)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: used.append(n))
+    clock = [0.0]
+    monkeypatch.setattr(models.time, "perf_counter", lambda: clock[0])
+
+    class Clocked(Target):
+        def verify(self, tokens: torch.Tensor, cache: Any, hidden: bool = False) -> Any:
+            threads = cpu.threads if int8 else used[-1]
+            clock[0] += 1 + abs(threads - best)
+
+    assert models.choose_threads(Clocked(tiny.model("llama")), int8) == best
+    assert (cpu.threads if int8 else used[-1]) == best
+    if int8:
+        assert used[-1] == 1

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import kernels
+from .. import cpu, kernels
 from ..cache import bucket
-from ..cpu import THREADS, array
+from ..cpu import array
 
 NORMS = (
     "input_layernorm",
@@ -99,6 +99,6 @@ class FusedAssistant:
         chosen = np.empty(self.chosen, np.int64)
         logits = np.empty(0 if self.ordering is None else self.chosen * self.ordering.shape[1], np.float32)
         weights = (self.values, self.scales, self.norms, self.numbers)
-        kernels.assistant(THREADS, layers, inputs, *weights, self.reads, self.turns, chosen, logits, outs)
+        kernels.assistant(cpu.threads, layers, inputs, *weights, self.reads, self.turns, chosen, logits, outs)
         output, fed_back = torch.from_numpy(outs[-2:-1, : self.width]), torch.from_numpy(outs[-1:, : self.hidden])
         return output, fed_back, chosen, logits
