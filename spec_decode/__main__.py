@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def _train_drafter(arguments: argparse.Namespace) -> None:
         chosen=arguments.chosen,
         head=not arguments.without_head,
         init=arguments.init,
+        also=tuple(arguments.also or ()),
         only=arguments.only,
         device=arguments.device,
     )
@@ -99,9 +101,16 @@ def _train_drafter(arguments: argparse.Namespace) -> None:
         texts=arguments.texts,
         rate=arguments.rate,
         unroll=arguments.unroll,
+        prompt=arguments.user_turns,
         seed=arguments.seed,
     )
-    report = run(recipe, training, Writing(slots=arguments.slots), _progress)
+    heat = arguments.temperatures
+    writing = Writing(slots=arguments.slots, length=arguments.length, answer=tuple(arguments.answer))
+    if heat:
+        writing = replace(writing, temperatures=tuple((t, 1 / len(heat)) for t in heat))
+    if arguments.data:  # prompts that are given are kept whole where there is room
+        writing = replace(writing, prompt=max(writing.prompt, writing.length - writing.answer[1] - 18))
+    report = run(recipe, training, writing, _progress)
     print(json.dumps(report, indent=1))
 
 
@@ -136,6 +145,19 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     command.add_argument("--rate", type=float, default=1e-3, metavar="R", help="peak learning rate")
     command.add_argument("--unroll", type=int, default=4, metavar="N", help="draft steps learnt at once")
     command.add_argument("--slots", type=int, default=96, metavar="N", help="texts written at once")
+    command.add_argument("--length", type=int, default=352, metavar="N", help="most tokens of a text")
+    command.add_argument(
+        "--answer", type=int, nargs=2, default=(64, 224), metavar=("LOW", "HIGH"), help="tokens after which it is cut"
+    )
+    command.add_argument(
+        "--temperatures", type=float, nargs="+", metavar="T", help="of answers, in equal shares (default: mostly 0)"
+    )
+    command.add_argument(
+        "--also", type=Path, action="append", metavar="DIR", help="learn from another run's texts as well: its work-dir"
+    )
+    command.add_argument(
+        "--user-turns", type=float, default=0.3, metavar="SHARE", help="share of the user turns' rounds learnt from"
+    )
     command.add_argument("--device", default="cpu", help="cpu (default), cuda")
     command.add_argument("--seed", type=int, default=0, metavar="N")
     command.set_defaults(run=_train_drafter)

@@ -139,6 +139,25 @@ def test_held_out_prompts_are_kept_out(tmp_path: Path) -> None:
     assert words[0] not in seen and words[1] not in seen
 
 
+@pytest.mark.parametrize("number", [2, 20])
+def test_writing_ends_when_there_are_no_more_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """More slots than prompts and fewer: each is written once, and asking again adds nothing."""
+    monkeypatch.setattr(data, "MANY", 100)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(number)))
+
+    def some(rng: random.Random) -> Iterator[prompts.Opening]:
+        return prompts.given(Template(), file, rng)
+
+    for _ in range(2):
+        have = data.write(target(), Template(), some, LAYERS, tmp_path / "texts", 100_000, WRITING)
+        texts = data.Texts([tmp_path / "texts"])
+        assert len(texts) == len(set(texts.keys)) == number
+        assert sum(map(texts.length, range(number))) == have
+
+
 def learner(**shape: Any) -> Learner:
     torch.manual_seed(0)
     return Learner(target(), Shape(**{"intermediate": 64, "layers": tuple(LAYERS), **shape}))

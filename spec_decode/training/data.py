@@ -16,8 +16,8 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ TOP = 32  # of the target's next tokens are kept
 CHOICE = 64  # most likely tokens a sampled one is drawn from
 SLOTS_ATTENTION = "slots_sdpa"
 FORMAT = 1
+MANY = 20_000  # known prompts in a row: there are no others
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class _Text:
     answer: int = 0  # where the answer begins
     key: str = ""
     done: bool = field(default=False)
+    spare: bool = False  # keeps its slot busy, no more: there are no prompts left
 
 
 def write(
@@ -105,31 +107,52 @@ def write(
     rng = random.Random(f"{seed}/{number}")
     slots = _Slots(model, tokenizer, layers, writing)
     stream = openings(rng)
+
+    def fresh() -> _Text:
+        """The next text that was not written yet."""
+        for opening in islice(stream, MANY):
+            if opening.at_least is None:  # known before it is read
+                words = tokenizer.decode(opening.ids[: writing.prompt])
+                if _key(words) in known or words in held_out:
+                    continue
+                known.add(_key(words))
+                return replace(_begin(opening, slots.turns, writing, rng), key=_key(words))
+            return _begin(opening, slots.turns, writing, rng)
+        return replace(_begin(next(stream), slots.turns, writing, rng), key="spare", spare=True)
+
     finished: list[dict[str, Any]] = []
-    held, begun, written = 0, time.perf_counter(), 0
+    held, begun, written, over = 0, time.perf_counter(), 0, False
     with torch.inference_mode():
-        slots.texts = [_begin(next(stream), slots.turns, writing, rng) for _ in range(writing.slots)]
-        while have < tokens:
+        slots.texts = [fresh() for _ in range(writing.slots)]
+        while have < tokens and not over:
             slots.step()
             for row, text in enumerate(slots.texts):
                 if text.at_least is None and not text.key and not text.forced:
                     words = tokenizer.decode(text.ids[text.turn : text.answer - len(slots.turns.after)])
-                    text.key = hashlib.sha256(fingerprint(words).encode()).hexdigest()[:16]
+                    text.key = _key(words)
                     if text.key in known or words in held_out:
-                        slots.texts[row] = _begin(next(stream), slots.turns, writing, rng)
+                        slots.texts[row] = fresh()
                         continue
                     known.add(text.key)
                 if text.done:
-                    finished.append(slots.take(row))
-                    held += len(text.ids)
-                    slots.texts[row] = _begin(next(stream), slots.turns, writing, rng)
-            if held >= writing.shard:
+                    if not text.spare:
+                        finished.append(slots.take(row))
+                        held += len(text.ids)
+                    slots.texts[row] = fresh()
+            over = all(text.spare for text in slots.texts)
+            if held >= writing.shard or (over and finished):
                 _save(finished, layers, folder / f"{number:05d}.safetensors")
                 have, written, number = have + held, written + held, number + 1
                 finished, held = [], 0
                 rate = written / (time.perf_counter() - begun)
                 say(f"{have:,} of {tokens:,} tokens in {number} shards, {rate:.0f} tokens/s")
+    if over:
+        say(f"All prompts are written: {have:,} tokens")
     return have
+
+
+def _key(words: str) -> str:
+    return hashlib.sha256(fingerprint(words).encode()).hexdigest()[:16]
 
 
 def shards(folder: Path) -> list[Path]:

@@ -32,8 +32,8 @@ Say = Callable[[str], None]
 class Recipe:
     """What `train-drafter` was asked for. tokens: to write. data, held_out: JSON Lines of {"prompt"} to write from
     (None lets the target invent them) and to keep out. head: whether the checkpoint holds the head, which is the
-    target's; transformers alone needs it there. init: a drafter of the same shape to begin with. only: "data", "train"
-    or None for both."""
+    target's; transformers alone needs it there. init: a drafter of the same shape to begin with. also: work folders of
+    other runs, whose texts are learnt from as well. only: "data", "train" or None for both."""
 
     target: str
     out: Path
@@ -47,6 +47,7 @@ class Recipe:
     chosen: int = 32
     head: bool = True
     init: Path | None = None
+    also: tuple[Path, ...] = ()
     only: str | None = None
     device: str = "cpu"
 
@@ -83,8 +84,9 @@ def run(recipe: Recipe, training: Training, writing: Writing, say: Say) -> dict[
     if recipe.init:
         learner.adopt(recipe.init)
     learner.to(place)
-    train(learner, [texts], recipe.work, training, say)
-    return finish(learner.to("cpu"), [texts], recipe, training, say)
+    folders = [texts, *(work / "texts" for work in recipe.also)]
+    train(learner, folders, recipe.work, training, say)
+    return finish(learner.to("cpu"), folders, recipe, training, say)
 
 
 def finish(learner: Learner, folders: list[Path], recipe: Recipe, training: Training, say: Say) -> dict[str, Any]:
