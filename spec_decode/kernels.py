@@ -15,6 +15,7 @@ in hand, and one that comes late finds the work done. Helpers are help; the call
 from __future__ import annotations
 
 import math
+import platform
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -32,6 +33,7 @@ MOST = 6  # rows that one reading of the weights serves
 CHUNK = 16  # outputs a thread takes at a time
 PLACES = 16  # int64 places for the tickets of a phase: those drawn and those done lie in cache lines of their own
 _AVX2 = bool(llvm.get_host_cpu_features().get("avx2"))
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
 _I8, _I16, _I32, _I64, _F32 = (*(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType())
 _MATH = {"reassoc", "contract", "nsz", "arcp"}
 
@@ -193,9 +195,12 @@ def _draw(context: Any, tickets: Any, place: Any) -> Any:
 
 @intrinsic
 def _look(context: Any, tickets: Any, place: Any) -> Any:
-    """tickets[place], read anew."""
+    """tickets[place], read anew, at a pace that leaves a core's other thread its share."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if _X86:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
         at = builder.gep(array.data, [arguments[1]], source_etype=_I64)
         return builder.load_atomic(at, "seq_cst", 8, typ=_I64)
