@@ -79,6 +79,7 @@ class Adaptive:
 
     BINS = 8  # of confidence
     FIRST = 6  # drafted rounds before their measured rate counts
+    DOUBT = 0.96  # of the rate of plain steps, below which drafting stops: both are measured, neither is exact
 
     def __init__(self, costs: Costs | None, longest: int = MAX_DRAFT_LENGTH, decay: float = 0.92) -> None:
         self.longest = longest
@@ -106,10 +107,10 @@ class Adaptive:
     def choose(self) -> int:
         best = max(range(self.longest + 1), key=self._rate)
         if self.weighed >= self.FIRST:
-            best = self.longest if self.brought / self.took > self._rate(0) else 0
+            best = self.longest if self.brought / self.took > self.DOUBT * self._rate(0) else 0
         self.probe = best == 0 and self.since_draft >= self.patience
         self.asked = False
-        return self._cheap_probe() if self.probe else best
+        return (4 if self.weighed else self._cheap_probe()) if self.probe else best
 
     def go_on(self, sure: list[float]) -> bool:
         """Whether a draft with these confidences should have one more token."""
@@ -139,8 +140,10 @@ class Adaptive:
                     self.sure_tried[bin] = 0.98 * self.sure_tried[bin] + 1
                     self.sure_taken[bin] = 0.98 * self.sure_taken[bin] + (i < accepted)
             self.weighed += 1
-            self.brought = self.decay * self.brought + (promised if sure else len(round.emitted))
-            self.took = self.decay * self.took + round.seconds
+            # What a probe tells is news, and what was known before it is old.
+            decay = 0.5 if self.probe else self.decay
+            self.brought = decay * self.brought + (promised if sure else len(round.emitted))
+            self.took = decay * self.took + round.seconds
         if drafted <= self.longest and round.seconds > 0:
             # A length's first round sets its scale, so every length is judged by what it took itself; what others took
             # says little about it (a kernel may fall off a cliff between two widths). Those not in use drift towards
@@ -156,7 +159,9 @@ class Adaptive:
             self.since_draft += 1
         else:
             if self.probe:
-                self.patience = 8 if accepted else min(self.patience * 2, 256)
+                # A probe that may end early costs a tenth of a step or so.
+                first, last = (4, 64) if self.asked else (8, 256)
+                self.patience = first if accepted else min(self.patience * 2, last)
             self.since_draft = 0
 
     def _bin(self, confidence: float) -> int:

@@ -178,3 +178,14 @@ def test_go_on_never_goes_beyond_the_longest() -> None:
     assert chooser.go_on([1.0, 1.0])
     assert not chooser.go_on([1.0, 1.0, 1.0])
     assert not chooser.go_on([0.01])
+
+
+def test_a_drafter_that_grows_sure_is_taken_up_again() -> None:
+    chooser = Adaptive(MIDDLE)
+    drive_gated(chooser, MIDDLE, 200, scale=0.05)
+    assert sum(drive_gated(chooser, MIDDLE, 100, scale=0.05)[2]) < 20
+    lengths = drive_gated(chooser, MIDDLE, 250)[2]
+    assert next(i for i, length in enumerate(lengths) if length) <= 64
+    best = max(predicted_speedup([0.5], MIDDLE, g) for g in range(17))
+    late = drive_gated(chooser, MIDDLE, 500)
+    assert late[0] / late[1] * MIDDLE.step_seconds > 0.97 * best
