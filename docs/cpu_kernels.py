@@ -4,7 +4,7 @@
 
 Random weights of the model's shapes, each layer with its own, so that they come from memory as they do in a pass.
 Prints Markdown: milliseconds for all 121 layers at M rows, the median of repeats; and whether row 0 of M = 8 has the
-same bits as at M = 1.
+same bits as at M = 1. The last line is a whole pass of our engine.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from spec_decode.cpu import Int8Linear
+from spec_decode.cpu import Int8Linear, quantize
 from spec_decode.models import machine
+from spec_decode.target import Target
 
 SHAPES = [(960, 576), (576, 576), (3072, 576), (576, 1536)] * 30 + [(49152, 576)]  # [out, in], q/k/v and gate/up joined
 ROWS = (1, 2, 4, 5, 8, 17)
@@ -129,6 +131,33 @@ def main() -> None:
         layer = kind(torch.randn(960, 576))
         same = torch.equal(layer(x)[0], layer(x[:1].clone())[0])
         print(f"| {name} | {' | '.join(cells)} | {'yes' if same else 'no'} |", flush=True)
+    print(f"| **the same in one call, attention and all else included** | {' | '.join(_passes())} | yes |")
+
+
+def _passes() -> list[str]:
+    """Milliseconds of a pass over M tokens of a random model of those shapes, 64 positions before it."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    torch.set_num_threads(1)  # beside our kernels, as in the app
+    target = Target(quantize(LlamaForCausalLM(config)))
+    cache, tokens = target.new_cache(128), torch.arange(64)
+    target.prefill(tokens, cache)
+
+    def seconds(m: int) -> float:
+        begun = time.perf_counter()
+        target.verify(tokens[:m], cache)
+        spent = time.perf_counter() - begun
+        cache.rollback(64)
+        return spent
+
+    return [f"{1e3 * statistics.median(seconds(m) for _ in range(REPEATS)):.0f}" for m in ROWS]
 
 
 def _milliseconds(layers: list[tuple[int, Layer]], inputs: dict[int, Tensor]) -> float:
