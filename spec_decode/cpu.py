@@ -63,7 +63,7 @@ def _forward(
     output_hidden_states: bool = False,
     **kwargs: Any,
 ) -> CausalLMOutputWithPast:
-    """As the model's own forward, without the half millisecond that takes beside the work."""
+    """As the model's own forward, without what that does beside the work."""
     hidden, cache = decoder.run(input_ids, past_key_values)
     logits = head(hidden[:, -logits_to_keep:])
     states = (hidden,) if output_hidden_states else None
@@ -137,6 +137,8 @@ class Int8Llama(nn.Module):
         cache = cache or RollbackCache(self.config, input_ids.shape[1])
         x = self.embed_tokens(input_ids)[0]
         start, end = cache.length, cache.length + len(x)
+        if end > cache.capacity:  # the kernel would write beyond its buffers
+            raise ValueError(f"the cache has room for {cache.capacity} positions, and the pass ends at {end}")
         if len(self.turns[0]) < end:
             places = torch.arange(bucket(end))[None]
             self.turns = [array(part[0]) for part in self.rotary_emb(x, position_ids=places)]

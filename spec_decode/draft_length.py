@@ -12,11 +12,13 @@ from typing import Protocol
 from .events import DRAFTED, Costs, Round
 from .settings import MAX_DRAFT_LENGTH, Settings
 
-GoOn = Callable[[list[float]], bool]  # see `drafters`, which needs torch
+# Told the confidences of the tokens drafted so far: is one more worth its cost? A drafted token stays in the draft
+# whatever the answer, so the answer may depend on it and every rule stays exact.
+GoOn = Callable[[list[float]], bool]
 
 
 class Controller(Protocol):
-    """Chooses γ before a round, and is told how the round went. `go_on` may end a draft early, see `drafters.GoOn`."""
+    """Chooses γ before a round, and is told how the round went. `go_on` may end a draft early, see `GoOn`."""
 
     @property
     def go_on(self) -> GoOn | None: ...

@@ -38,9 +38,10 @@ _I8, _I16, _I32, _I64, _F32 = (*(ir.IntType(n) for n in (8, 16, 32, 64)), ir.Flo
 _MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 
-def levels(width: int) -> int:
+@njit
+def levels(width: Any) -> Any:
     """The largest activation, in steps, for which no sum over `width` products can leave 32 bits."""
-    return min(8191, (2**31 - 1) // (127 * width))
+    return np.float32(min(8191, (2**31 - 1) // (127 * width)))
 
 
 # --- what Numba does not offer -------------------------------------------------------------------------------------
@@ -248,12 +249,6 @@ def _exp(x: Any) -> Any:
 
 
 @njit
-def _most(width: Any) -> Any:
-    """`levels`, compiled."""
-    return np.float32(min(8191, (2**31 - 1) // (127 * width)))
-
-
-@njit
 def _next(tickets: Any, phase: Any, chunks: Any) -> Any:
     """The next chunk of a phase, or −1 when none is left; then returns only once all are done."""
     ticket = _draw(tickets, phase * PLACES)
@@ -362,6 +357,44 @@ def _gate(gate: Any, up: Any, gelu: Any, out: Any) -> None:
         out[i] = x / (np.float32(1.0) + _exp(-max(inner, np.float32(-80.0)))) * up[i]
 
 
+@njit
+def _round_rows(tickets: Any, phase: Any, x: Any, most: Any, out: Any, steps: Any) -> None:
+    """A phase: `_round` of every row."""
+    r = _next(tickets, phase, x.shape[0])
+    while r >= 0:
+        steps[r] = _round(x[r], most, out[r])
+        r = _then(tickets, phase, x.shape[0])
+
+
+@njit
+def _norm_rows(
+    tickets: Any, phase: Any, x: Any, weight: Any, epsilon: Any, most: Any, normed: Any, out: Any, steps: Any
+) -> None:
+    """A phase: `_norm` of every row, then `_round`."""
+    r = _next(tickets, phase, x.shape[0])
+    while r >= 0:
+        _norm(x[r], weight, epsilon, normed[r])
+        steps[r] = _round(normed[r], most, out[r])
+        r = _then(tickets, phase, x.shape[0])
+
+
+@njit
+def _add_products(
+    tickets: Any, phase: Any, w: Any, scale: Any, rounded: Any, steps: Any, x: Any, out: Any, sums: Any
+) -> None:
+    """A phase: `_products`, added to x."""
+    rows, outputs = x.shape
+    chunks = (outputs + CHUNK - 1) // CHUNK
+    c = _next(tickets, phase, chunks)
+    while c >= 0:
+        begin, end = c * CHUNK, min(c * CHUNK + CHUNK, outputs)
+        _products(w, scale, rounded, steps, begin, end, out, sums)
+        for r in range(rows):
+            for i in range(begin, end):
+                x[r, i] += out[r, i]
+        c = _then(tickets, phase, chunks)
+
+
 def _kernel(function: Callable[..., None]) -> Any:
     """Compiled for every kind of arguments when they first come, and kept on disk, if there is a place for it."""
     try:
@@ -377,11 +410,8 @@ def _kernel(function: Callable[..., None]) -> Any:
 def _linear(tickets: Any, x: Any, w: Any, scale: Any, most: Any, rounded: Any, size: Any, out: Any) -> None:
     """x `[rows, in]` → out `[rows, outputs]`; `rounded` and `size` are room for x in steps."""
     sums = np.empty(MOST, np.int32)
-    rows, outputs = x.shape[0], w.shape[0]
-    r = _next(tickets, 0, rows)
-    while r >= 0:
-        size[r] = _round(x[r], most, rounded[r])
-        r = _then(tickets, 0, rows)
+    outputs = w.shape[0]
+    _round_rows(tickets, 0, x, most, rounded, size)
     chunks = (outputs + CHUNK - 1) // CHUNK
     c = _next(tickets, 1, chunks)
     while c >= 0:
@@ -426,17 +456,17 @@ def _llama(
     rows, width = x.shape
     hidden = inner.shape[1]
     group = heads // kv_heads
-    most_x, most_mixed, most_inner = _most(width), _most(mixed.shape[1]), _most(hidden)
+    most_x, most_mixed, most_inner = (
+        levels(width),
+        levels(mixed.shape[1]),
+        levels(hidden),
+    )
     sums = np.empty(MOST, np.int32)
     odds = np.empty(start + rows + 3, np.float32)
     turned = np.empty(size, np.float32)
     phase = 0
     for layer in range(w_qkv.shape[0]):
-        r = _next(tickets, phase, rows)
-        while r >= 0:
-            _norm(x[r], norms[layer, 0], epsilon, normed[r])
-            steps[r] = _round(normed[r], most_x, wide[r])
-            r = _then(tickets, phase, rows)
+        _norm_rows(tickets, phase, x, norms[layer, 0], epsilon, most_x, normed, wide, steps)
         phase += 1
         places = (kv_heads, capacity, size)
         keys = carray(_at(key_at[layer]), places)
@@ -464,26 +494,11 @@ def _llama(
             _attend(qkv[r, at], k, v, 0, start + r + 1, scaling, odds, mixed[r, at])
             c = _then(tickets, phase, rows * heads)
         phase += 1
-        r = _next(tickets, phase, rows)
-        while r >= 0:
-            steps[r] = _round(mixed[r], most_mixed, narrow[r])
-            r = _then(tickets, phase, rows)
+        _round_rows(tickets, phase, mixed, most_mixed, narrow, steps)
         phase += 1
-        chunks = (width + CHUNK - 1) // CHUNK
-        c = _next(tickets, phase, chunks)
-        while c >= 0:
-            begin, end = c * CHUNK, min(c * CHUNK + CHUNK, width)
-            _products(w_out[layer], s_out[layer], narrow, steps, begin, end, normed, sums)
-            for r in range(rows):
-                for i in range(begin, end):
-                    x[r, i] += normed[r, i]
-            c = _then(tickets, phase, chunks)
+        _add_products(tickets, phase, w_out[layer], s_out[layer], narrow, steps, x, normed, sums)
         phase += 1
-        r = _next(tickets, phase, rows)
-        while r >= 0:
-            _norm(x[r], norms[layer, 1], epsilon, normed[r])
-            steps[r] = _round(normed[r], most_x, wide[r])
-            r = _then(tickets, phase, rows)
+        _norm_rows(tickets, phase, x, norms[layer, 1], epsilon, most_x, normed, wide, steps)
         phase += 1
         chunks = (hidden + CHUNK - 1) // CHUNK
         c = _next(tickets, phase, chunks)
@@ -495,20 +510,9 @@ def _llama(
                 _gate(gated[r, begin:end], gated[r, hidden + begin : hidden + end], False, inner[r, begin:end])
             c = _then(tickets, phase, chunks)
         phase += 1
-        r = _next(tickets, phase, rows)
-        while r >= 0:
-            steps[r] = _round(inner[r], most_inner, inner_rounded[r])
-            r = _then(tickets, phase, rows)
+        _round_rows(tickets, phase, inner, most_inner, inner_rounded, steps)
         phase += 1
-        chunks = (width + CHUNK - 1) // CHUNK
-        c = _next(tickets, phase, chunks)
-        while c >= 0:
-            begin, end = c * CHUNK, min(c * CHUNK + CHUNK, width)
-            _products(w_down[layer], s_down[layer], inner_rounded, steps, begin, end, normed, sums)
-            for r in range(rows):
-                for i in range(begin, end):
-                    x[r, i] += normed[r, i]
-            c = _then(tickets, phase, chunks)
+        _add_products(tickets, phase, w_down[layer], s_down[layer], inner_rounded, steps, x, normed, sums)
         phase += 1
     r = _next(tickets, phase, rows)
     while r >= 0:
@@ -521,7 +525,7 @@ def _project(tickets: Any, phase: Any, x: Any, w: Any, scale: Any, outs: Any, su
     """One row through w, by all threads: outs[phase] is filled, and the part of it that holds the result returned."""
     row = np.zeros((1, w.shape[1]), np.int16)
     size = np.empty(1, np.float32)
-    size[0] = _round(x, _most(x.shape[0]), row[0])
+    size[0] = _round(x, levels(x.shape[0]), row[0])
     chunks = (w.shape[0] + CHUNK - 1) // CHUNK
     c = _next(tickets, phase, chunks)
     while c >= 0:
@@ -623,7 +627,7 @@ def _assistant(
         w, scale = weights[behind + 2], scales[behind + 2]
         size = w.shape[0] // scores.shape[0]
         row = np.zeros((1, w.shape[1]), np.int16)
-        step = _round(normed, _most(width), row[0])
+        step = _round(normed, levels(width), row[0])
         c = _next(tickets, phase, chosen.shape[0])
         while c >= 0:
             first = chosen[c] * size

@@ -141,6 +141,13 @@ def test_the_llama_kernel_is_transformers_llama(start: int, monkeypatch: pytest.
     assert (seen[0] - expected).norm() < 5e-3 * expected.norm()
 
 
+def test_a_pass_beyond_the_cache_is_refused() -> None:
+    target = Target(cpu.quantize(tiny.model("llama")))
+    cache = target.new_cache(64)
+    with pytest.raises(ValueError, match=f"room for {cache.capacity} positions"):
+        target.prefill(torch.zeros(cache.capacity + 1, dtype=torch.long), cache)
+
+
 @pytest.mark.parametrize(("int8", "best"), [(True, 1), (True, 4), (True, 12), (False, 1), (False, 12)])
 def test_as_many_threads_as_make_a_step_fastest(int8: bool, best: int, monkeypatch: pytest.MonkeyPatch) -> None:
     used = [12]

@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
 from spec_decode import decode, kernels
-from spec_decode.draft_length import Adaptive, Fixed
-from spec_decode.drafters import Draft, GoOn
+from spec_decode.draft_length import Adaptive, Fixed, GoOn
+from spec_decode.drafters import Draft
 from spec_decode.drafters.mtp import MTPDrafter
 from spec_decode.errors import ModelError
 from spec_decode.sampling import distribution

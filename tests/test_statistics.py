@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from spec_decode import decode, verification
-from spec_decode.draft_length import Fixed
-from spec_decode.drafters import Draft, GoOn
+from spec_decode.draft_length import Fixed, GoOn
+from spec_decode.drafters import Draft
 from spec_decode.drafters.model import ModelDrafter
 from spec_decode.sampling import ACCEPT, DRAFT, RESIDUAL, TARGET, distribution, exponential, race, uniform
 from spec_decode.settings import Settings

@@ -25,7 +25,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from spec_decode.drafters import Draft, GoOn
+from spec_decode.draft_length import GoOn
+from spec_decode.drafters import Draft
 from spec_decode.target import Target
 
 VOCABULARY = 96

@@ -6,19 +6,15 @@ was emitted. `Draft.probabilities` is q when, and only when, the ids were drawn 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..draft_length import GoOn
 from ..settings import Settings
 from ..target import Pass
-
-# Told the confidences of the tokens drafted so far: is one more worth its cost? A drafted token stays in the draft
-# whatever the answer, so the answer may depend on it and every rule stays exact.
-GoOn = Callable[[list[float]], bool]
 
 
 @dataclass(frozen=True)

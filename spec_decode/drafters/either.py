@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from ..draft_length import GoOn
 from ..settings import Settings
 from ..target import Pass
-from . import Draft, Drafter, GoOn
+from . import Draft, Drafter
 from .lookup import LookupDrafter
 
 DECAY = 0.9

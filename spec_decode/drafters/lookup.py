@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from ..draft_length import GoOn
 from ..settings import Settings
 from ..target import Pass
-from . import Draft, GoOn
+from . import Draft
 
 
 class LookupDrafter:

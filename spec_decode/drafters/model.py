@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import torch
 
+from ..draft_length import GoOn
 from ..errors import ModelError
 from ..sampling import draw
 from ..settings import Settings
 from ..target import Pass, Target
-from . import Draft, GoOn, joined, worth_more
+from . import Draft, joined, worth_more
 
 
 class ModelDrafter:

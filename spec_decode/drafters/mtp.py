@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..draft_length import GoOn
 from ..errors import ModelError
 from ..sampling import draw
 from ..settings import Settings
 from ..target import Pass, Target
-from . import Draft, GoOn, fused, joined, worth_more
+from . import Draft, fused, joined, worth_more
 
 MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
 
@@ -158,8 +159,8 @@ class MTPDrafter:
         return draw(everywhere, place, self.settings)
 
     def _most_likely(self, hidden: Tensor, length: int, go_on: GoOn | None) -> Draft:
-        """The most likely token of the lists at every step; all of it on the host, where a tensor of one number costs
-        as much as a thousand weights."""
+        """The most likely token of the lists at every step; all of it on the host, since tensors of one number
+        cost more than what is done with them."""
         assert self.fused is not None and self.fused.ordering is not None
         lists = self.fused.ordering
         ids: list[int] = []
