@@ -30,7 +30,7 @@ from .cache import RollbackCache, bucket
 
 ROWWISE = "rowwise_sdpa"
 READ = 64  # positions; keys and values are read in steps of it
-MOST_THREADS = threads = torch.get_num_threads()  # as many as PyTorch would use; see `models.choose_threads`
+MOST_THREADS = kernels.threads = torch.get_num_threads()  # what PyTorch would use; see `models.choose_threads`
 MOST_ROWS = 32  # a pass of more is a prefill, which both lanes make alike
 
 
@@ -89,7 +89,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        y = torch.from_numpy(kernels.linear(array(rows), self.weights, threads))
+        y = torch.from_numpy(kernels.linear(array(rows), self.weights, kernels.threads))
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -146,7 +146,7 @@ class Int8Llama(nn.Module):
         _, kv_heads, size = self.shape
         buffers = cache.buffers(kv_heads, size, x)
         kernels.llama(
-            threads,
+            kernels.threads,
             len(self.norms),
             array(x),
             start,
@@ -169,14 +169,14 @@ class Int8Llama(nn.Module):
         qkv, out, gate, down = self.values
         return (
             np.empty((rows, len(self.norm)), np.float32),
-            np.zeros((rows, qkv.shape[2]), np.int16),
-            np.zeros((rows, out.shape[2]), np.int16),
+            kernels.steps(rows, qkv.shape[2]),
+            kernels.steps(rows, out.shape[2]),
             np.empty(rows, np.float32),
             np.empty((rows, qkv.shape[1]), np.float32),
             np.empty((rows, self.shape[0] * self.shape[2]), np.float32),
             np.empty((rows, gate.shape[1]), np.float32),
             np.empty((rows, gate.shape[1] // 2), np.float32),
-            np.zeros((rows, down.shape[2]), np.int16),
+            kernels.steps(rows, down.shape[2]),
         )
 
 

@@ -19,7 +19,7 @@ from .draft_length import Controller
 from .drafters import Draft, Drafter
 from .errors import UserError
 from .events import BASELINE, SPECULATIVE, Role, Round, Token
-from .sampling import ACCEPT, RESIDUAL, TARGET, degenerate, distribution, exponential, uniform
+from .sampling import ACCEPT, RESIDUAL, TARGET, degenerate, distribution, exponential, softmax, uniform
 from .settings import Settings
 from .target import Target
 from .text import TextStream
@@ -110,7 +110,7 @@ def _verify(draft: Draft, logits: Tensor, position: int, settings: Settings) -> 
     seed, vocabulary = settings.seed, logits.shape[-1]
     places = torch.arange(position, position + logits.shape[0], device=logits.device)
     if settings.temperature == 0:
-        p = logits.float().softmax(-1)
+        p = softmax(logits.float())
         if settings.rule == "threshold":
             u, noise = uniform(seed, places[:-1]), p  # neither is used
             return verification.threshold(draft.ids, p, None, u, noise, settings.lenience, argmax=True), p

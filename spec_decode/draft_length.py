@@ -6,15 +6,48 @@ Deterministic given the rounds; plain Python, no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Protocol
+
+import numpy as np
 
 from .events import DRAFTED, Costs, Round
 from .settings import MAX_DRAFT_LENGTH, Settings
 
-# Told the confidences of the tokens drafted so far: is one more worth its cost? A drafted token stays in the draft
-# whatever the answer, so the answer may depend on it and every rule stays exact.
-GoOn = Callable[[list[float]], bool]
+
+class GoOn:
+    """Told the confidences of the tokens drafted so far: is one more worth its cost? A drafted token stays in the draft
+    whatever the answer, so the answer may depend on it and every rule stays exact.
+
+    A table, so that compiled code can do without asking: yes while the product of the chances of the confidences so far
+    is above `least` of their number.
+
+    Args:
+        chances: how often a draft whose confidence lies in the i-th of equal ranges of [0, 1] is accepted.
+        least: after n tokens, the last entry for all numbers beyond.
+    """
+
+    def __init__(self, chances: Sequence[float], least: Sequence[float]) -> None:
+        self.chances = np.array(chances, np.float32)
+        self.least = np.array(least, np.float32)
+        self.asked = False
+
+    def __call__(self, sure: Sequence[float]) -> bool:
+        self.asked = True
+        chance = np.float32(1.0)
+        for confidence in sure:
+            chance *= self.chances[bin_of(confidence, len(self.chances))]
+        return bool(chance > self.least[min(len(sure), len(self.least) - 1)])
+
+    @classmethod
+    def always(cls) -> GoOn:
+        """Never ends a draft."""
+        return cls([1.0], [-1.0])
+
+
+def bin_of(confidence: float, bins: int) -> int:
+    """Which of the equal ranges of [0, 1] a confidence lies in."""
+    return min(int(confidence * bins), bins - 1)
 
 
 class Controller(Protocol):
@@ -100,7 +133,7 @@ class Adaptive:
         self.since_draft = 0
         self.patience = 8
         self.probe = False
-        self.asked = False  # for the latest draft: `go_on` was
+        self.latest: GoOn | None = None  # of the latest draft
         self.weighed = 0  # drafts that could end early
         self.brought = self.took = 0.0  # tokens and seconds of theirs, decayed
         self.sure_taken = [6.0 * (i + 0.5) / self.BINS for i in range(self.BINS)]
@@ -111,34 +144,33 @@ class Adaptive:
         if self.weighed >= self.FIRST:
             best = self.longest if self.brought / self.took > self.DOUBT * self._rate(0) else 0
         self.probe = best == 0 and self.since_draft >= self.patience
-        self.asked = False
+        self.latest = None
         return (4 if self.weighed else self._cheap_probe()) if self.probe else best
 
-    def go_on(self, sure: list[float]) -> bool:
-        """Whether a draft with these confidences should have one more token."""
-        self.asked = True
-        n = len(sure)
-        if n >= self.longest:
-            return False
-        reach = self.taken[n] / self.tried[n]  # of the next one, once those before are accepted
-        for confidence in sure:
-            reach *= self._chance(confidence)
+    @property
+    def go_on(self) -> GoOn:
+        """Ends a draft where the next token, that has to be reached first, is likelier to cost time than to save it."""
         rate = max(self._rate(0), self.brought / self.took if self.took else 0.0)
-        return reach > rate * (self.modelled[n + 1] - self.modelled[n]) * self.scale[0]
+        costs = [(self.modelled[n + 1] - self.modelled[n]) * self.scale[0] for n in range(self.longest)]
+        least = [rate * cost * tried / taken for cost, tried, taken in zip(costs, self.tried, self.taken, strict=True)]
+        chances = [taken / tried for taken, tried in zip(self.sure_taken, self.sure_tried, strict=True)]
+        self.latest = GoOn(chances, [*least, np.inf])
+        return self.latest
 
     def observe(self, round: Round) -> None:
         drafted, accepted = round.drafted, round.accepted
         for i in range(min(accepted + 1, drafted, self.longest)):
             self.tried[i] = self.decay * self.tried[i] + 1
             self.taken[i] = self.decay * self.taken[i] + (i < accepted)
-        if self.asked:
+        asked = self.latest is not None and self.latest.asked
+        if asked:
             sure = [token.q for token in round.tokens if token.role in DRAFTED and token.q is not None]
             promised = reach = 1.0
             for i, confidence in enumerate(sure):
                 reach *= self._chance(confidence)
                 promised += reach
                 if i <= accepted:
-                    bin = self._bin(confidence)
+                    bin = bin_of(confidence, self.BINS)
                     self.sure_tried[bin] = 0.98 * self.sure_tried[bin] + 1
                     self.sure_taken[bin] = 0.98 * self.sure_taken[bin] + (i < accepted)
             self.weighed += 1
@@ -162,16 +194,13 @@ class Adaptive:
         else:
             if self.probe:
                 # A probe that may end early costs a tenth of a step or so.
-                first, last = (4, 64) if self.asked else (8, 256)
+                first, last = (4, 64) if asked else (8, 256)
                 self.patience = first if accepted else min(self.patience * 2, last)
             self.since_draft = 0
 
-    def _bin(self, confidence: float) -> int:
-        return min(int(confidence * self.BINS), self.BINS - 1)
-
     def _chance(self, confidence: float) -> float:
         """How often a draft of this confidence is accepted."""
-        bin = self._bin(confidence)
+        bin = bin_of(confidence, self.BINS)
         return self.sure_taken[bin] / self.sure_tried[bin]
 
     def expected_tokens(self, length: int) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from . import catalog, cpu, embedded, memory
+from . import catalog, cpu, embedded, kernels, memory
 from .catalog import EMBEDDED
 from .checkpoints import (
     DTYPES,
@@ -274,7 +274,7 @@ def choose_threads(target: Target, int8: bool) -> int:
 
     def use(threads: int) -> None:
         if int8:
-            cpu.threads = threads
+            kernels.threads = threads
         else:
             torch.set_num_threads(threads)
 
@@ -291,7 +291,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": max(torch.get_num_threads(), cpu.threads) if device.type == "cpu" else torch.get_num_threads(),
+        "threads": max(torch.get_num_threads(), kernels.threads) if device.type == "cpu" else torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

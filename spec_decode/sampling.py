@@ -11,9 +11,11 @@ lane that reaches a position by another road meets the same noise there (Daliri 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import kernels
 from .settings import Settings
 
 # Streams keep the independent uses of noise at one position apart.
@@ -38,24 +40,37 @@ def distribution(logits: Tensor, settings: Settings) -> Tensor:
     """
     logits = logits.float()
     if settings.temperature == 0:
-        p = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        p = torch.zeros_like(logits).scatter_(-1, largest(logits)[..., None], 1.0)
         return torch.where(degenerate(logits)[..., None], torch.nan, p)
-    # Subtracting the maximum first keeps a small temperature from overflowing.
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(settings.temperature, _COLDEST)
-    p = logits.softmax(-1)
+    heat = max(settings.temperature, _COLDEST)
+    p = softmax(logits, heat)
     if 0 < settings.top_k < p.shape[-1]:
         logits = logits.masked_fill(p < p.topk(settings.top_k).values[..., -1:], -torch.inf)
-        p = _renormalized(logits)
+        p = softmax(logits, heat)
     if settings.top_p < 1:
         logits = logits.masked_fill(p < _nucleus_edge(p, settings), -torch.inf)
-        p = _renormalized(logits)
+        p = softmax(logits, heat)
     return p
 
 
-def _renormalized(logits: Tensor) -> Tensor:
-    # Not p / p.sum(): torch splits the sum of one long row over threads but not those of several, and a row's last
-    # bits would depend on its neighbours.
-    return logits.softmax(-1)
+def softmax(logits: Tensor, heat: float = 1.0) -> Tensor:
+    """softmax(logits / heat) over float32 `[..., V]`; degenerate rows come back as NaN throughout.
+
+    A row's bits do not depend on its neighbours, and so not on how long a draft is.
+    """
+    if _compiled(logits):
+        rows = logits.detach().reshape(-1, logits.shape[-1]).contiguous().numpy()
+        return torch.from_numpy(kernels.softmax(rows, heat, kernels.threads)).view(logits.shape)
+    # Subtracting the maximum first keeps a small temperature from overflowing.
+    return ((logits - logits.amax(-1, keepdim=True)) / heat).softmax(-1)
+
+
+def largest(x: Tensor) -> Tensor:
+    """Where `[..., V]` is largest, int64 `[...]`."""
+    if _compiled(x):
+        rows = x.detach().reshape(-1, x.shape[-1]).contiguous().numpy()
+        return torch.from_numpy(kernels.argmax(rows, kernels.threads)).view(x.shape[:-1])
+    return x.argmax(-1)
 
 
 def degenerate(logits: Tensor) -> Tensor:
@@ -82,6 +97,12 @@ def _nucleus_edge(p: Tensor, settings: Settings) -> Tensor:
     return ranked.gather(-1, last)
 
 
+def _compiled(x: Tensor) -> bool:
+    """Whether `kernels` takes it: on the CPU PyTorch would make ten passes over memory of what is one, or use one
+    thread where there are more."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.int32)
+
+
 def exponential(seed: int, positions: Tensor, vocabulary: int, stream: int = TARGET) -> Tensor:
     """Independent Exp(1) noise, a function of (seed, position, token, stream) alone.
 
@@ -106,7 +127,7 @@ def race(p: Tensor, noise: Tensor) -> Tensor:
 
     A token of probability 0 is never drawn.
     """
-    return (p / noise).argmax(-1)
+    return largest(p / noise)
 
 
 def draw(logits: Tensor, positions: Tensor, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -123,8 +144,8 @@ def draw(logits: Tensor, positions: Tensor, settings: Settings) -> tuple[Tensor,
         ids int64 `[k]`; q float32 `[k, V]` or None; the drafter's probability of each id, float32 `[k]`.
     """
     if settings.temperature == 0:
-        ids = logits.argmax(-1)
-        return ids, None, logits.float().softmax(-1).gather(-1, ids[:, None])[:, 0]
+        ids = largest(logits)
+        return ids, None, softmax(logits.float()).gather(-1, ids[:, None])[:, 0]
     q = distribution(logits, settings)
     stream = TARGET if settings.rule == "coupled" else DRAFT
     ids = race(q, exponential(settings.seed, positions, logits.shape[-1], stream))
@@ -132,18 +153,24 @@ def draw(logits: Tensor, positions: Tensor, settings: Settings) -> tuple[Tensor,
 
 
 def _exponential_at(seed: int, positions: Tensor, tokens: Tensor, stream: int) -> Tensor:
-    # 64 bits of key for each position, mixed into a 32-bit hash of the token in two rounds. 32-bit lanes because
-    # they multiply in vector registers everywhere, which 64-bit ones do not.
-    low = _mix_int(seed & _MASK32)
-    high = _mix_int((seed >> 32) ^ low ^ (0x9E3779B9 * (stream + 1) & _MASK32))
-    place = positions.to(torch.int32)[:, None]
-    key1 = _mix(place * _signed(0x9E3779B1) ^ _signed(low))
-    key2 = _mix(place ^ _signed(high))
-    bits = _mix(_mix(tokens[None, :] ^ key1) + key2)
+    key1, key2 = position_keys(seed, positions, stream)
+    if _compiled(tokens):
+        keys = torch.stack([key1, key2], 1).numpy().view(np.uint32)
+        return torch.from_numpy(kernels.exponential(keys, tokens.numpy().view(np.uint32), kernels.threads))
+    bits = _mix(_mix(tokens[None, :] ^ key1[:, None]) + key2[:, None])
     # v uniform in (0, 1) with its finest steps near 0, where the winners of a race lie.
     v = bits.to(torch.float32).mul_(2.0**-32)
     v = torch.where(v < 0, v + 1.0, v).add_(2.0**-33).clamp_(max=1 - 2.0**-24)
     return -torch.log1p(-v)
+
+
+def position_keys(seed: int, positions: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    """int32 `[k]` twice: 64 bits of key for each position, which a 32-bit hash of the token is mixed with in two
+    rounds. 32-bit lanes because they multiply in vector registers everywhere, which 64-bit ones do not."""
+    low = _mix_int(seed & _MASK32)
+    high = _mix_int((seed >> 32) ^ low ^ (0x9E3779B9 * (stream + 1) & _MASK32))
+    place = positions.to(torch.int32)
+    return _mix(place * _signed(0x9E3779B1) ^ _signed(low)), _mix(place ^ _signed(high))
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sampling import race
+from .sampling import largest, race
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def greedy(draft: Tensor, logits: Tensor) -> Verdict:
         draft: int64 `[..., γ]`.
         logits: `[..., γ + 1, V]`; only their order matters.
     """
-    return _match(draft, logits.argmax(-1))
+    return _match(draft, largest(logits))
 
 
 def coupled(draft: Tensor, p: Tensor, noise: Tensor) -> Verdict:
@@ -87,7 +87,7 @@ def threshold(
         ok = px >= lenience * best[..., :-1]
         exact = px >= best[..., :-1]
         accepted = _run(ok)
-        token = p.argmax(-1).gather(-1, accepted[..., None]).squeeze(-1)
+        token = largest(p).gather(-1, accepted[..., None]).squeeze(-1)
         drift = torch.where(ok, -px.clamp_min(1e-30).log(), -best[..., :-1].log())
     else:
         qx = torch.ones_like(px) if q is None else _at(q, draft)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
-from spec_decode import cpu, kernels, models
+from spec_decode import cpu, kernels, models, sampling
+from spec_decode.sampling import exponential
 from spec_decode.target import Target
 
 
@@ -65,15 +66,16 @@ def test_dots_are_exact_with_and_without_avx2(rows: int, fast: bool, monkeypatch
     dots = kernels._dots(rows)
 
     @njit
-    def call(w: Any, row: Any, x: Any, first: Any, out: Any) -> None:
-        dots(w, row, x, first, out)
+    def call(w: Any, row: Any, x: Any, first: Any, sums: Any, slot: Any) -> None:
+        dots(w, row, x, first, sums, slot)
 
     generator = np.random.default_rng(rows)
     w = generator.integers(-127, 128, (3, 192)).astype(np.int8)
     x = generator.integers(-8191, 8192, (rows + 2, 192)).astype(np.int16)
-    out = np.zeros(rows, np.int32)
-    call(w, 1, x, 2, out)
-    assert out.tolist() == (x[2:].astype(np.int64) @ w[1].astype(np.int64)).tolist()
+    sums = np.zeros((kernels.LANES, kernels.MOST, kernels.LANES), np.int32)
+    call(w, 1, x, 2, sums, 5)
+    assert sums[5, :rows].sum(-1).tolist() == (x[2:].astype(np.int64) @ w[1].astype(np.int64)).tolist()
+    assert not sums[5, rows:].any() and not sums[np.arange(kernels.LANES) != 5].any()
 
 
 def test_exp_is_near() -> None:
@@ -87,6 +89,47 @@ def test_exp_is_near() -> None:
     out = np.empty_like(x)
     call(x, out)
     np.testing.assert_allclose(out, np.exp(x.astype(np.float64)), rtol=1e-6)
+
+
+def test_softmax_is_near_whatever_the_rows_hold() -> None:
+    x = array(7, 1003, seed=2) * 9
+    x[1, ::3] = -np.inf
+    x[2] = 88
+    x[3, 500:] -= 1e30
+    for heat in (0.3, 1.0, 4.0):
+        y = kernels.softmax(x, heat, threads=2)
+        expected = torch.softmax(torch.from_numpy(x).double() / heat, -1).numpy()
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-30)
+        assert (y[1, ::3] == 0).all()
+        for i in range(len(x)):
+            assert np.array_equal(kernels.softmax(x[i : i + 1], heat, threads=1)[0], y[i])
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
+def test_softmax_of_what_is_no_distribution_is_nan_throughout(bad: float) -> None:
+    x = array(3, 301)
+    x[1, 77] = bad
+    y = kernels.softmax(x, 1.0, threads=1)
+    assert np.isnan(y[1]).all() and not np.isnan(y[[0, 2]]).any()
+    assert np.isnan(kernels.softmax(np.full((1, 9), -np.inf, np.float32), 1.0, threads=1)).all()
+
+
+@given(width=st.integers(1, 600), few=st.integers(1, 5), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_argmax_is_the_first_of_the_largest(width: int, few: int, seed: int) -> None:
+    x = np.random.default_rng(seed).integers(-few, few + 1, (4, width)).astype(np.float32) / 3
+    x[3, : width // 2] = -np.inf
+    assert kernels.argmax(x, threads=2).tolist() == x.argmax(1).tolist()
+
+
+def test_noise_is_what_torch_computes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token's noise is the same bits alone and among others, and near that of an accelerator's code."""
+    places = torch.tensor([0, 3, 70_000])
+    ours = exponential(2**40 + 5, places, 50_000, stream=1)
+    few = torch.tensor([0, 17, 49_999, 3], dtype=torch.int32)
+    assert torch.equal(sampling._exponential_at(2**40 + 5, places, few, 1), ours[:, few.long()])
+    monkeypatch.setattr(sampling, "_compiled", lambda x: False)
+    torch.testing.assert_close(exponential(2**40 + 5, places, 50_000, stream=1), ours, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("inside", [0, 1, 6])
@@ -130,7 +173,7 @@ def test_the_llama_kernel_is_transformers_llama(start: int, monkeypatch: pytest.
     seen = []
     for threads in (1, 2, 4):
         for cuts in ((start, start + 9), (start, *range(start + 1, start + 10)), (start, start + 2, start + 9)):
-            monkeypatch.setattr(cpu, "threads", threads)
+            monkeypatch.setattr(kernels, "threads", threads)
             cache, hidden, begin = target.new_cache(64), [], 0
             for end in cuts:
                 passed = target.verify(tokens[begin:end], cache, hidden=True)
@@ -152,17 +195,17 @@ def test_a_pass_beyond_the_cache_is_refused() -> None:
 def test_as_many_threads_as_make_a_step_fastest(int8: bool, best: int, monkeypatch: pytest.MonkeyPatch) -> None:
     used = [12]
     monkeypatch.setattr(cpu, "MOST_THREADS", 12)
-    monkeypatch.setattr(cpu, "threads", 12)
+    monkeypatch.setattr(kernels, "threads", 12)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: used.append(n))
     clock = [0.0]
     monkeypatch.setattr(models.time, "perf_counter", lambda: clock[0])
 
     class Clocked(Target):
         def verify(self, tokens: torch.Tensor, cache: Any, hidden: bool = False) -> Any:
-            threads = cpu.threads if int8 else used[-1]
+            threads = kernels.threads if int8 else used[-1]
             clock[0] += 1 + abs(threads - best)
 
     assert models.choose_threads(Clocked(tiny.model("llama")), int8) == best
-    assert (cpu.threads if int8 else used[-1]) == best
+    assert (kernels.threads if int8 else used[-1]) == best
     if int8:
         assert used[-1] == 1

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
 from spec_decode import decode, kernels
-from spec_decode.draft_length import Adaptive, Fixed, GoOn
+from spec_decode.draft_length import Adaptive, Fixed, GoOn, bin_of
 from spec_decode.drafters import Draft
 from spec_decode.drafters.mtp import MTPDrafter
 from spec_decode.errors import ModelError
@@ -235,8 +235,8 @@ def test_the_assistant_may_name_the_layers_it_reads() -> None:
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["head", "centroids"])
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_int8_step_is_the_assistants_own_forward(ordered: bool, activation: str, temperature: float) -> None:
+@pytest.mark.parametrize("rule", ["greedy", "coupled", "rejection"])
+def test_the_int8_step_is_the_assistants_own_forward(ordered: bool, activation: str, rule: str) -> None:
     """With weights that 8 bits hold exactly: what is fed back and what it would draw from, beyond the window."""
     model, assistant = tiny.gemma4("dense", ordered=ordered, hidden_activation=activation)
     for module in assistant.modules():
@@ -250,12 +250,12 @@ def test_the_int8_step_is_the_assistants_own_forward(ordered: bool, activation: 
     seen = target.prefill(torch.tensor(LONG), cache, hidden=True)
     drafts = []
     for drafter in (fused, plain):
-        drafter.start(LONG, Settings(temperature=temperature), len(LONG) + 8)
+        drafter.start(LONG, Settings(temperature=float(rule != "greedy"), rule=rule), len(LONG) + 8)
         drafter.extend([7], seen)
         drafts.append(drafter.draft(4))
     assert drafts[0].ids.tolist() == drafts[1].ids.tolist()
     torch.testing.assert_close(drafts[0].confidence, drafts[1].confidence, rtol=0.02, atol=1e-3)
-    if temperature:
+    if rule == "rejection":
         torch.testing.assert_close(drafts[0].probabilities, drafts[1].probabilities, rtol=0.02, atol=1e-3)
 
 
@@ -267,13 +267,15 @@ def test_a_draft_ends_behind_the_token_that_go_on_says(int8: bool, temperature: 
     drafter = MTPDrafter(assistant, target, int8=int8)
     drafter.start(LONG, Settings(temperature=temperature), len(LONG) + 8)
     drafter.extend([7], target.prefill(torch.tensor(LONG), target.new_cache(len(LONG) + 8), hidden=True))
-    whole, told = drafter.draft(5), []
-
-    def go_on(sure: list[float]) -> bool:
-        told.append(list(sure))
-        return len(sure) < 3
-
-    ended = drafter.draft(5, go_on)
-    assert ended.ids.tolist() == whole.ids[:3].tolist()
-    assert [len(sure) for sure in told] == [1, 2, 3]
-    assert ended.confidence is not None and told[-1] == pytest.approx(ended.confidence.tolist())
+    whole = drafter.draft(5)
+    assert whole.confidence is not None
+    for length in range(1, 5):
+        ended = drafter.draft(5, GoOn([1.0], [0.5] * length + [1.0]))
+        assert ended.ids.tolist() == whole.ids[:length].tolist()
+    bins, chances = 64, [1.0] * 64
+    at = bin_of(float(whole.confidence[2]), bins)
+    chances[at] = 0.1
+    expected = next(i for i, sure in enumerate(whole.confidence.tolist(), 1) if bin_of(sure, bins) == at)
+    go_on = GoOn(chances, [0.5])
+    assert drafter.draft(5, go_on).ids.tolist() == whole.ids[:expected].tolist()
+    assert go_on.asked

@@ -405,7 +405,7 @@ class Early(Fixed):
 
     def __init__(self, length: int) -> None:
         super().__init__(length)
-        self.go_on = lambda sure: sure[-1] > 0.5
+        self.go_on = GoOn([0.0, 1.0], [0.5])
 
 
 class Picky(ModelDrafter):

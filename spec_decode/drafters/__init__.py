@@ -1,7 +1,7 @@
 """Drafters: whatever guesses the next γ tokens cheaply.
 
 A drafter is fed the sequence as it grows and asked for a draft; it never sees the target's verdict but through what
-was emitted. `Draft.probabilities` is q when, and only when, the ids were drawn from it.
+was emitted. Where `Draft.probabilities` holds q, the ids were drawn from it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..target import Pass
 @dataclass(frozen=True)
 class Draft:
     """ids: int64 `[n]`, n ≤ γ, on the target's device. probabilities: q, float32 `[n, V]`, which the ids were drawn
-    from, or None when they were not drawn (lookup, argmax). confidence: float32 `[n]`, the drafter's probability of
-    each id, for the eye only."""
+    from, or None when they were not drawn (lookup, argmax) or the rule does not ask (coupled). confidence: float32
+    `[n]`, the drafter's probability of each id, for the eye only."""
 
     ids: Tensor
     probabilities: Tensor | None = None

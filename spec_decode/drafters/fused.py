@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import cpu, kernels
+from .. import kernels
 from ..cache import bucket
 from ..cpu import array
+from ..draft_length import GoOn
 
 NORMS = (
     "input_layernorm",
@@ -27,14 +28,15 @@ PROJECTIONS = (("self_attn.q_proj",), ("self_attn.o_proj",), ("mlp.gate_proj", "
 
 
 class FusedAssistant:
-    """Begin a round with `begin`, then call `step` for each draft.
+    """Begin a round with `begin`, then call `draft`, or `step` for each token.
 
     Args:
         model: the assistant.
+        embed: the target's embeddings.
         rows: of the head, `[V, width]`, if it looks at lists of them.
     """
 
-    def __init__(self, model: Any, rows: Tensor | None) -> None:
+    def __init__(self, model: Any, embed: Any, rows: Tensor | None) -> None:
         config = model.config.get_text_config()
         self.rotary = model.model.rotary_emb
         self.tables: dict[str, list[np.ndarray]] = {}
@@ -45,7 +47,8 @@ class FusedAssistant:
             matrices += [torch.cat([layer[f"{name}.weight"] for name in names]) for names in PROJECTIONS]
         matrices.append(model.post_projection.weight)
         self.widest = max(len(matrix) for matrix in matrices)  # of what threads hand to each other
-        self.ordering: np.ndarray | None = None
+        self.table = array(embed.weight)
+        self.ordering = np.empty((0, 0), np.int64)
         self.chosen = 0
         if rows is not None:
             embedder = model.masked_embedding
@@ -64,6 +67,7 @@ class FusedAssistant:
             config.hidden_activation != "silu",  # GELU in its tanh form
             np.array([layer.self_attn.scaling for layer in self.layers], np.float32),
             np.array([float(layer.layer_scalar) for layer in self.layers], np.float32),
+            np.float32(getattr(embed, "scalar_embed_scale", 1.0)),
         )
         self.heads = config.num_attention_heads
         self.width, self.hidden = len(model.pre_projection.weight), len(model.post_projection.weight)
@@ -90,15 +94,53 @@ class FusedAssistant:
             known = self.tables[kind] = [array(part[0]) for part in self.rotary(self.held[kind][0], places, kind)]
         return known
 
-    def step(self, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
-        """`[1, H]` twice → the assistant's output `[1, width]`, the hidden state it feeds back `[1, H]`, and if it
-        looks at lists, which ones `[chosen]` and the logits of their tokens `[chosen · size]`."""
-        inputs = array(torch.cat([embedded[0], hidden[0]]))
-        layers = len(self.layers)
-        outs = np.empty((5 * layers + 6, self.widest), np.float32)
+    def step(self, token: int, hidden: Tensor) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+        """The token before and a hidden state `[1, H]` → the assistant's output `[1, width]`, the hidden state it feeds
+        back `[1, H]`, and if it looks at lists, which ones `[chosen]`, and their tokens' logits `[chosen · size]`."""
+        ids = np.array([token, 0])
+        chosen, logits, outs, _ = self._run(ids, hidden, GoOn.always(), np.float32(0.0), np.zeros((1, 2), np.uint32))
+        output, fed_back = torch.from_numpy(outs[0, -2:-1, : self.width]), torch.from_numpy(outs[0, -1:, : self.hidden])
+        return output, fed_back, chosen, logits.reshape(-1)
+
+    def draft(
+        self, token: int, hidden: Tensor, length: int, go_on: GoOn | None, temperature: float, keys: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Up to `length` tokens out of the lists and their probabilities among them: the most likely ones, or at a
+        temperature those that win with the noise of `keys`, uint32 `[length, 2]`."""
+        ids = np.empty(length + 1, np.int64)
+        ids[0] = token
+        go_on = go_on or GoOn.always()
+        go_on.asked = go_on.asked or length > 1
+        *_, sure = self._run(ids, hidden, go_on, np.float32(temperature), keys)
+        return ids[1 : len(sure) + 1], sure
+
+    def _run(
+        self, ids: np.ndarray, hidden: Tensor, go_on: GoOn, heat: np.float32, keys: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        steps = len(keys)
+        outs = np.empty((steps, 5 * len(self.layers) + 7, self.widest), np.float32)
         chosen = np.empty(self.chosen, np.int64)
-        logits = np.empty(0 if self.ordering is None else self.chosen * self.ordering.shape[1], np.float32)
+        logits = np.empty((self.chosen, self.ordering.shape[1]), np.float32)
+        sure = np.empty(steps, np.float32)
+        least = np.resize(go_on.least, steps + 1)
+        least[len(go_on.least) :] = go_on.least[-1]
         weights = (self.values, self.scales, self.norms, self.numbers)
-        kernels.assistant(cpu.threads, layers, inputs, *weights, self.reads, self.turns, chosen, logits, outs)
-        output, fed_back = torch.from_numpy(outs[-2:-1, : self.width]), torch.from_numpy(outs[-1:, : self.hidden])
-        return output, fed_back, chosen, logits
+        goes = (go_on.chances, least)
+        drafted = kernels.assistant(
+            kernels.threads,
+            outs,
+            self.table,
+            *weights,
+            self.reads,
+            self.turns,
+            self.ordering,
+            heat,
+            keys,
+            goes,
+            array(hidden[0]),
+            ids,
+            sure,
+            chosen,
+            logits,
+        )
+        return chosen, logits, outs, sure[:drafted]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..draft_length import GoOn
 from ..errors import ModelError
-from ..sampling import draw
+from ..sampling import TARGET, draw, position_keys
 from ..settings import Settings
 from ..target import Pass, Target
 from . import Draft, fused, joined, worth_more
@@ -68,7 +68,7 @@ class MTPDrafter:
         if model.config.use_ordered_embeddings:
             self.ordering = self.model.masked_embedding.token_ordering.long().view(model.config.num_centroids, -1)
         listed = self.rows if self.ordering is not None else None
-        self.fused = fused.FusedAssistant(model, listed) if int8 else None
+        self.fused = fused.FusedAssistant(model, self.embed, listed) if int8 else None
 
     def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
         self.settings = settings
@@ -90,22 +90,22 @@ class MTPDrafter:
         hidden = self.hidden.to(self.device).view(1, -1)
         if self.fused:
             self.fused.begin(shared, position, self.config.sliding_window)
-            if self.ordering is not None and self.settings.temperature == 0:
-                return self._most_likely(hidden, length, go_on)
+            if self.ordering is not None and self.settings.rule in ("greedy", "coupled"):
+                return self._at_once(position, hidden, length, go_on)
         else:
             masks = self._masks(shared, position)
         token = torch.full((1,), self.last, device=self.embed.weight.device)  # a fill: no copy that waits
         drawn = []
         for i in range(1, length + 1):
-            embedded = self.embed(token).to(self.device)
             if self.fused:
-                out, hidden, chosen, logits = self.fused.step(embedded, hidden)
+                out, hidden, chosen, logits = self.fused.step(int(token), hidden)
                 if self.ordering is None:
                     drawn.append(self._draw(out, places + i))
                 else:
                     ids = self.ordering[torch.from_numpy(chosen)].flatten()
                     drawn.append(self._draw_listed(ids, torch.from_numpy(logits)[None], places + i))
             else:
+                embedded = self.embed(token).to(self.device)
                 out = self.model.model(
                     inputs_embeds=self.model.pre_projection(torch.cat([embedded, hidden], -1))[None],
                     attention_mask=masks,
@@ -158,21 +158,14 @@ class MTPDrafter:
         everywhere = logits.new_full((1, self.vocabulary), -torch.inf).scatter_(-1, ids[None], logits)
         return draw(everywhere, place, self.settings)
 
-    def _most_likely(self, hidden: Tensor, length: int, go_on: GoOn | None) -> Draft:
-        """The most likely token of the lists at every step; all of it on the host, since tensors of one number
-        cost more than what is done with them."""
-        assert self.fused is not None and self.fused.ordering is not None
-        lists = self.fused.ordering
-        ids: list[int] = []
-        sure: list[float] = []
-        while len(ids) < length and (not ids or go_on is None or go_on(sure)):
-            embedded = self.embed(torch.tensor([ids[-1] if ids else self.last]))
-            _, hidden, chosen, logits = self.fused.step(embedded, hidden)
-            best = int(logits.argmax())
-            row, column = divmod(best, lists.shape[1])
-            ids.append(int(lists[chosen[row], column]))
-            sure.append(float(1 / np.exp(logits - logits[best]).sum()))
-        return Draft(torch.tensor(ids), None, torch.tensor(sure))
+    def _at_once(self, position: int, hidden: Tensor, length: int, go_on: GoOn | None) -> Draft:
+        """The whole draft in one call. Nobody asks for q under these rules: a draft is accepted if it is what the
+        target says with the same noise, however it came about."""
+        assert self.fused is not None
+        places = torch.arange(position + 1, position + 1 + length)
+        keys = torch.stack(position_keys(self.settings.seed, places, TARGET), 1).numpy().view(np.uint32)
+        ids, sure = self.fused.draft(self.last, hidden, length, go_on, self.settings.temperature, keys)
+        return Draft(torch.from_numpy(ids), None, torch.from_numpy(sure))
 
 
 def _sources(model: PreTrainedModel, target: Target) -> dict[str, int]:
