@@ -50,7 +50,7 @@ def dynamic_int8(weight: Tensor) -> Layer:
 
 
 def ours(weight: Tensor) -> Layer:
-    """8-bit weights, 14-bit activations with a scale for every row; see `spec_decode/kernels.py`."""
+    """8-bit weights, 14-bit activations with a scale for every row; see `spec_decode/kernels`."""
     return Int8Linear(weight)
 
 

@@ -27,10 +27,11 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from . import kernels
 from .cache import RollbackCache, bucket
+from .kernels import sharing
 
 ROWWISE = "rowwise_sdpa"
 READ = 64  # positions; keys and values are read in steps of it
-MOST_THREADS = kernels.threads = torch.get_num_threads()  # what PyTorch would use; see `models.choose_threads`
+MOST_THREADS = sharing.threads = torch.get_num_threads()  # what PyTorch would use; see `models.choose_threads`
 MOST_ROWS = 32  # a pass of more is a prefill, which both lanes make alike
 
 
@@ -89,7 +90,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        y = torch.from_numpy(kernels.linear(array(rows), self.weights, kernels.threads))
+        y = torch.from_numpy(kernels.linear(array(rows), self.weights))
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
@@ -146,7 +147,6 @@ class Int8Llama(nn.Module):
         _, kv_heads, size = self.shape
         buffers = cache.buffers(kv_heads, size, x)
         kernels.llama(
-            kernels.threads,
             len(self.norms),
             array(x),
             start,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from . import catalog, cpu, embedded, kernels, memory
+from . import catalog, cpu, embedded, memory
 from .catalog import EMBEDDED
 from .checkpoints import (
     DTYPES,
@@ -37,6 +37,7 @@ from .drafters.model import ModelDrafter, check_same_vocabulary
 from .drafters.mtp import MTPDrafter
 from .errors import ModelError, is_out_of_memory
 from .events import Costs
+from .kernels import sharing
 from .settings import MAX_DRAFT_LENGTH, Settings
 from .target import Target
 from .text import can_think
@@ -274,7 +275,7 @@ def choose_threads(target: Target, int8: bool) -> int:
 
     def use(threads: int) -> None:
         if int8:
-            kernels.threads = threads
+            sharing.threads = threads
         else:
             torch.set_num_threads(threads)
 
@@ -291,7 +292,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "threads": max(torch.get_num_threads(), kernels.threads) if device.type == "cpu" else torch.get_num_threads(),
+        "threads": max(torch.get_num_threads(), sharing.threads) if device.type == "cpu" else torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

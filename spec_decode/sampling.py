@@ -60,7 +60,7 @@ def softmax(logits: Tensor, heat: float = 1.0) -> Tensor:
     """
     if _compiled(logits):
         rows = logits.detach().reshape(-1, logits.shape[-1]).contiguous().numpy()
-        return torch.from_numpy(kernels.softmax(rows, heat, kernels.threads)).view(logits.shape)
+        return torch.from_numpy(kernels.softmax(rows, heat)).view(logits.shape)
     # Subtracting the maximum first keeps a small temperature from overflowing.
     return ((logits - logits.amax(-1, keepdim=True)) / heat).softmax(-1)
 
@@ -69,7 +69,7 @@ def largest(x: Tensor) -> Tensor:
     """Where `[..., V]` is largest, int64 `[...]`."""
     if _compiled(x):
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous().numpy()
-        return torch.from_numpy(kernels.argmax(rows, kernels.threads)).view(x.shape[:-1])
+        return torch.from_numpy(kernels.argmax(rows)).view(x.shape[:-1])
     return x.argmax(-1)
 
 
@@ -156,7 +156,7 @@ def _exponential_at(seed: int, positions: Tensor, tokens: Tensor, stream: int) -
     key1, key2 = position_keys(seed, positions, stream)
     if _compiled(tokens):
         keys = torch.stack([key1, key2], 1).numpy().view(np.uint32)
-        return torch.from_numpy(kernels.exponential(keys, tokens.numpy().view(np.uint32), kernels.threads))
+        return torch.from_numpy(kernels.exponential(keys, tokens.numpy().view(np.uint32)))
     bits = _mix(_mix(tokens[None, :] ^ key1[:, None]) + key2[:, None])
     # v uniform in (0, 1) with its finest steps near 0, where the winners of a race lie.
     v = bits.to(torch.float32).mul_(2.0**-32)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from spec_decode import cpu, kernels, models, sampling
+from spec_decode.kernels import passes, products, rows, sharing
 from spec_decode.sampling import exponential
 from spec_decode.target import Target
 
@@ -59,11 +60,11 @@ def test_a_row_of_zeros_gives_zeros() -> None:
     assert not kernels.linear(x, kernels.Weights([array(8, 64)]), threads=1)[0].any()
 
 
-@pytest.mark.parametrize("rows", range(1, kernels.MOST + 1))
+@pytest.mark.parametrize("rows", range(1, products.MOST + 1))
 @pytest.mark.parametrize("fast", [True, False])
 def test_dots_are_exact_with_and_without_avx2(rows: int, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_AVX2", fast and kernels._AVX2)
-    dots = kernels._dots(rows)
+    monkeypatch.setattr(products, "_AVX2", fast and products._AVX2)
+    dots = products._dots(rows)
 
     @njit
     def call(w: Any, row: Any, x: Any, first: Any, sums: Any, slot: Any) -> None:
@@ -72,19 +73,18 @@ def test_dots_are_exact_with_and_without_avx2(rows: int, fast: bool, monkeypatch
     generator = np.random.default_rng(rows)
     w = generator.integers(-127, 128, (3, 192)).astype(np.int8)
     x = generator.integers(-8191, 8192, (rows + 2, 192)).astype(np.int16)
-    sums = np.zeros((kernels.LANES, kernels.MOST, kernels.LANES), np.int32)
+    sums = np.zeros((products.LANES, products.MOST, products.LANES), np.int32)
     call(w, 1, x, 2, sums, 5)
     assert sums[5, :rows].sum(-1).tolist() == (x[2:].astype(np.int64) @ w[1].astype(np.int64)).tolist()
-    assert not sums[5, rows:].any() and not sums[np.arange(kernels.LANES) != 5].any()
+    assert not sums[5, rows:].any() and not sums[np.arange(products.LANES) != 5].any()
 
 
 def test_exp_is_near() -> None:
     @njit
     def call(x: Any, out: Any) -> None:
         for i in range(len(x)):
-            out[i] = kernels_exp(x[i])
+            out[i] = rows.exp(x[i])
 
-    kernels_exp = kernels._exp
     x = np.linspace(-87, 88, 20_001, dtype=np.float32)
     out = np.empty_like(x)
     call(x, out)
@@ -138,17 +138,17 @@ def test_a_helper_that_comes_late_finds_the_work_done(inside: int) -> None:
     x, w = array(5, 96), array(77, 96)
     weights = kernels.Weights([w])
     expected = kernels.linear(x, weights, threads=1)
-    tickets = np.zeros(2 * kernels.PLACES, np.int64)
+    tickets = np.zeros(2 * sharing.PLACES, np.int64)
     out, rounded = np.empty((5, 77), np.float32), np.zeros((5, 128), np.int16)
     most, size = np.float32(kernels.levels(96)), np.empty(5, np.float32)
     arguments = (tickets, x, weights.values[0], weights.scales[0], most, rounded, size, out)
-    helpers = [threading.Thread(target=kernels._linear, args=arguments) for _ in range(inside)]
+    helpers = [threading.Thread(target=passes._linear, args=arguments) for _ in range(inside)]
     for helper in helpers:
         helper.start()
-    kernels._linear(*arguments)
+    passes._linear(*arguments)
     assert np.array_equal(out, expected)
     rounded[:] = 0  # nobody looks at it any more
-    kernels._linear(*arguments)
+    passes._linear(*arguments)
     for helper in helpers:
         helper.join()
     assert np.array_equal(out, expected)
@@ -173,7 +173,7 @@ def test_the_llama_kernel_is_transformers_llama(start: int, monkeypatch: pytest.
     seen = []
     for threads in (1, 2, 4):
         for cuts in ((start, start + 9), (start, *range(start + 1, start + 10)), (start, start + 2, start + 9)):
-            monkeypatch.setattr(kernels, "threads", threads)
+            monkeypatch.setattr(sharing, "threads", threads)
             cache, hidden, begin = target.new_cache(64), [], 0
             for end in cuts:
                 passed = target.verify(tokens[begin:end], cache, hidden=True)
@@ -195,17 +195,17 @@ def test_a_pass_beyond_the_cache_is_refused() -> None:
 def test_as_many_threads_as_make_a_step_fastest(int8: bool, best: int, monkeypatch: pytest.MonkeyPatch) -> None:
     used = [12]
     monkeypatch.setattr(cpu, "MOST_THREADS", 12)
-    monkeypatch.setattr(kernels, "threads", 12)
+    monkeypatch.setattr(sharing, "threads", 12)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: used.append(n))
     clock = [0.0]
     monkeypatch.setattr(models.time, "perf_counter", lambda: clock[0])
 
     class Clocked(Target):
         def verify(self, tokens: torch.Tensor, cache: Any, hidden: bool = False) -> Any:
-            threads = kernels.threads if int8 else used[-1]
+            threads = sharing.threads if int8 else used[-1]
             clock[0] += 1 + abs(threads - best)
 
     assert models.choose_threads(Clocked(tiny.model("llama")), int8) == best
-    assert (kernels.threads if int8 else used[-1]) == best
+    assert (sharing.threads if int8 else used[-1]) == best
     if int8:
         assert used[-1] == 1

@@ -127,7 +127,6 @@ class FusedAssistant:
         weights = (self.values, self.scales, self.norms, self.numbers)
         goes = (go_on.chances, least)
         drafted = kernels.assistant(
-            kernels.threads,
             outs,
             self.table,
             *weights,

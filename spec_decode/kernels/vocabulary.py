@@ -1,0 +1,62 @@
+"""What sampling does to every token of the vocabulary, see `sampling`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .rows import best, noise, odds
+from .sharing import kernel, next_chunk, then, together
+
+
+@kernel
+def _softmax(tickets: Any, x: Any, heat: Any, out: Any) -> None:
+    """`odds` of every row."""
+    r = next_chunk(tickets, 0, x.shape[0])
+    while r >= 0:
+        odds(x[r], heat, out[r])
+        r = then(tickets, 0, x.shape[0])
+
+
+@kernel
+def _argmax(tickets: Any, x: Any, out: Any) -> None:
+    """`best` of every row."""
+    r = next_chunk(tickets, 0, x.shape[0])
+    while r >= 0:
+        out[r] = best(x[r])
+        r = then(tickets, 0, x.shape[0])
+
+
+@kernel
+def _exponential(tickets: Any, keys: Any, tokens: Any, out: Any) -> None:
+    """out[r, i] = noise of tokens[i] with the keys[r]."""
+    parts = 4  # of a row
+    size = (tokens.shape[0] + parts - 1) // parts
+    c = next_chunk(tickets, 0, keys.shape[0] * parts)
+    while c >= 0:
+        r, begin = c // parts, c % parts * size
+        for i in range(begin, min(begin + size, tokens.shape[0])):
+            out[r, i] = noise(keys[r, 0], keys[r, 1], tokens[i])
+        c = then(tickets, 0, keys.shape[0] * parts)
+
+
+def softmax(x: np.ndarray, heat: float, threads: int | None = None) -> np.ndarray:
+    """softmax(x / heat) of float32 rows; see `odds`."""
+    out = np.empty_like(x)
+    together(_softmax, 1, x, np.float32(heat), out, most_threads=threads)
+    return out
+
+
+def argmax(x: np.ndarray, threads: int | None = None) -> np.ndarray:
+    """Where each row of float32 is largest, int64, the first place if there are several."""
+    out = np.empty(len(x), np.int64)
+    together(_argmax, 1, x, out, most_threads=threads)
+    return out
+
+
+def exponential(keys: np.ndarray, tokens: np.ndarray, threads: int | None = None) -> np.ndarray:
+    """Noise float32 `[rows, n]` from uint32 keys `[rows, 2]` and tokens `[n]`; see `sampling.exponential`."""
+    out = np.empty((len(keys), len(tokens)), np.float32)
+    together(_exponential, 1, keys, tokens, out, most_threads=threads)
+    return out
