@@ -108,13 +108,13 @@ def _decode(
 def _verify(draft: Draft, logits: Tensor, position: int, settings: Settings) -> tuple[Verdict, Tensor]:
     """The verdict of the rule in `settings`, and the target's probabilities `[γ + 1, V]` worth showing."""
     seed, vocabulary = settings.seed, logits.shape[-1]
-    places = torch.arange(position, position + logits.shape[0], device=logits.device)
     if settings.temperature == 0:
         p = softmax(logits.float())
         if settings.rule == "threshold":
-            u, noise = uniform(seed, places[:-1]), p  # neither is used
+            u = noise = p  # neither is used
             return verification.threshold(draft.ids, p, None, u, noise, settings.lenience, argmax=True), p
         return verification.greedy(draft.ids, logits), p  # every exact rule is the greedy one at temperature 0
+    places = torch.arange(position, position + logits.shape[0], device=logits.device)
     p = distribution(logits, settings)
     if settings.rule == "coupled":
         return verification.coupled(draft.ids, p, exponential(seed, places, vocabulary, TARGET)), p
@@ -134,7 +134,7 @@ def _to_host(
         UserError: the logits are NaN, +inf, or −inf throughout.
     """
     n = draft.ids.shape[0]
-    own_p = p.gather(0, verdict.accepted.reshape(1, 1).expand(1, p.shape[-1]))[0].gather(0, verdict.token.reshape(1))
+    own_p = p.reshape(-1).gather(0, (verdict.accepted * p.shape[-1] + verdict.token).reshape(1))
     parts = [
         degenerate(logits).any().reshape(1),
         verdict.accepted.reshape(1),

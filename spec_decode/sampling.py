@@ -11,6 +11,8 @@ lane that reaches a position by another road meets the same noise there (Daliri 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from .settings import Settings
 TARGET, DRAFT, ACCEPT, RESIDUAL = 0, 1, 2, 3
 STREAMS = 4
 
+Lanes = TypeVar("Lanes", Tensor, np.ndarray)  # of int32 that wrap
 _MASK32 = 0xFFFFFFFF
 _CPU_SHORTLIST = 256
 _COLDEST = 1e-30  # float32 would round a temperature far below this to 0
@@ -153,27 +156,31 @@ def draw(logits: Tensor, positions: Tensor, settings: Settings) -> tuple[Tensor,
 
 
 def _exponential_at(seed: int, positions: Tensor, tokens: Tensor, stream: int) -> Tensor:
-    key1, key2 = position_keys(seed, positions, stream)
     if _compiled(tokens):
-        keys = torch.stack([key1, key2], 1).numpy().view(np.uint32)
+        keys = position_keys(seed, positions.numpy(), stream)
         return torch.from_numpy(kernels.exponential(keys, tokens.numpy().view(np.uint32)))
-    bits = _mix(_mix(tokens[None, :] ^ key1[:, None]) + key2[:, None])
+    key1, key2 = _keys(seed, positions.to(torch.int32)[:, None], stream)
+    bits = _mix(_mix(tokens[None, :] ^ key1) + key2)
     # v uniform in (0, 1) with its finest steps near 0, where the winners of a race lie.
     v = bits.to(torch.float32).mul_(2.0**-32)
     v = torch.where(v < 0, v + 1.0, v).add_(2.0**-33).clamp_(max=1 - 2.0**-24)
     return -torch.log1p(-v)
 
 
-def position_keys(seed: int, positions: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-    """int32 `[k]` twice: 64 bits of key for each position, which a 32-bit hash of the token is mixed with in two
-    rounds. 32-bit lanes because they multiply in vector registers everywhere, which 64-bit ones do not."""
+def position_keys(seed: int, positions: np.ndarray, stream: int) -> np.ndarray:
+    """The keys `[k, 2]` as uint32, which kernels make noise from."""
+    return np.stack(_keys(seed, positions.astype(np.int32), stream), -1).view(np.uint32)
+
+
+def _keys(seed: int, place: Lanes, stream: int) -> tuple[Lanes, Lanes]:
+    # 64 bits of key for each position, which a 32-bit hash of the token is mixed with in two rounds. 32-bit lanes
+    # because they multiply in vector registers everywhere, which 64-bit ones do not.
     low = _mix_int(seed & _MASK32)
     high = _mix_int((seed >> 32) ^ low ^ (0x9E3779B9 * (stream + 1) & _MASK32))
-    place = positions.to(torch.int32)
     return _mix(place * _signed(0x9E3779B1) ^ _signed(low)), _mix(place ^ _signed(high))
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x: Lanes) -> Lanes:
     """A 32-bit finalizer with low bias (C. Wellons, "lowbias32", 2018), on int32 lanes that wrap."""
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * _signed(0x7FEB352D)

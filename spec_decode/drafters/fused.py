@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..cache import bucket
+from ..cache import RollbackCache, bucket
 from ..cpu import array
 from ..draft_length import GoOn
+from ..settings import MAX_DRAFT_LENGTH
 
 NORMS = (
     "input_layernorm",
@@ -70,28 +71,36 @@ class FusedAssistant:
             np.float32(getattr(embed, "scalar_embed_scale", 1.0)),
         )
         self.heads = config.num_attention_heads
+        self.kinds = [layer.self_attn.layer_type for layer in self.layers]
+        self.held: RollbackCache | None = None
+        self.outs = np.empty((MAX_DRAFT_LENGTH, 5 * len(self.layers) + 7, self.widest), np.float32)
         self.width, self.hidden = len(model.pre_projection.weight), len(model.post_projection.weight)
 
-    def begin(self, shared: dict[str, tuple[Tensor, Tensor]], length: int, window: int) -> None:
-        """Takes the target's keys and values `[1, heads, n, d]`, of which the first `length` are real."""
-        self.held = shared  # the kernel knows but addresses
-        reads, turns = [], []
-        for layer in self.layers:
-            kind, size = layer.self_attn.layer_type, layer.self_attn.head_dim
-            keys, values = shared[kind]
-            first = max(length - 1 - window, 0) if kind == "sliding_attention" else 0
-            capacity = keys.stride(1) // keys.stride(2)
-            where = (keys.shape[1], keys.data_ptr(), values.data_ptr(), capacity, first, length)
-            reads.append((self.heads, size, *where))
-            turns += [table[length] for table in self._turns(kind, length)]
-        self.reads, self.turns = np.array(reads), tuple(turns)
+    def begin(self, cache: RollbackCache, sources: dict[str, int], window: int) -> None:
+        """Takes the target's cache, as far as it is filled, and which of its layers each kind of attention reads."""
+        length = cache.length
+        if self.held is not cache:
+            self.held = cache  # the kernel knows but addresses
+            self.reads = np.array([self._addresses(cache.layers[sources[kind]]) for kind in self.kinds])
+        for read, kind in zip(self.reads, self.kinds, strict=True):
+            read[-2] = max(length - 1 - window, 0) if kind == "sliding_attention" else 0
+            read[-1] = length
+        self.turns = tuple(table[length] for kind in self.kinds for table in self._turns(kind, length))
+
+    def end(self) -> None:
+        """The cache can go."""
+        self.held = None
+
+    def _addresses(self, layer: Any) -> tuple[int, ...]:
+        _, heads, capacity, size = layer.keys.shape
+        return (self.heads, size, heads, layer.keys.data_ptr(), layer.values.data_ptr(), capacity, 0, 0)
 
     def _turns(self, kind: str, length: int) -> list[np.ndarray]:
         """Tables of cos and sin, `[n, head size]` each with n > `length`, made for a while ahead."""
         known = self.tables.get(kind)
         if known is None or len(known[0]) <= length:
             places = torch.arange(bucket(length + 1))[None]
-            known = self.tables[kind] = [array(part[0]) for part in self.rotary(self.held[kind][0], places, kind)]
+            known = self.tables[kind] = [array(part[0]) for part in self.rotary(torch.empty(0), places, kind)]
         return known
 
     def step(self, token: int, hidden: Tensor) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
@@ -99,8 +108,9 @@ class FusedAssistant:
         back `[1, H]`, and if it looks at lists, which ones `[chosen]`, and their tokens' logits `[chosen · size]`."""
         ids = np.array([token, 0])
         chosen, logits, outs, _ = self._run(ids, hidden, GoOn.always(), np.float32(0.0), np.zeros((1, 2), np.uint32))
-        output, fed_back = torch.from_numpy(outs[0, -2:-1, : self.width]), torch.from_numpy(outs[0, -1:, : self.hidden])
-        return output, fed_back, chosen, logits.reshape(-1)
+        # Copies: the next step writes to the same rows while it still reads these.
+        output, fed_back = outs[0, -2:-1, : self.width].copy(), outs[0, -1:, : self.hidden].copy()
+        return torch.from_numpy(output), torch.from_numpy(fed_back), chosen, logits.reshape(-1)
 
     def draft(
         self, token: int, hidden: Tensor, length: int, go_on: GoOn | None, temperature: float, keys: np.ndarray
@@ -118,7 +128,7 @@ class FusedAssistant:
         self, ids: np.ndarray, hidden: Tensor, go_on: GoOn, heat: np.float32, keys: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         steps = len(keys)
-        outs = np.empty((steps, 5 * len(self.layers) + 7, self.widest), np.float32)
+        outs = self.outs[:steps]
         chosen = np.empty(self.chosen, np.int64)
         logits = np.empty((self.chosen, self.ordering.shape[1]), np.float32)
         sure = np.empty(steps, np.float32)

@@ -85,15 +85,15 @@ class MTPDrafter:
     def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
         assert self.seen is not None
         position = self.seen.cache.length  # of the last token, which the target has not read yet
-        places = torch.full((1,), position, device=self.device)
-        shared = self._shared()
         hidden = self.hidden.to(self.device).view(1, -1)
         if self.fused:
-            self.fused.begin(shared, position, self.config.sliding_window)
+            self.fused.begin(self.seen.cache, self.sources, self.config.sliding_window)
             if self.ordering is not None and self.settings.rule in ("greedy", "coupled"):
                 return self._at_once(position, hidden, length, go_on)
         else:
+            shared = self._shared()
             masks = self._masks(shared, position)
+        places = torch.full((1,), position, device=self.device)
         token = torch.full((1,), self.last, device=self.embed.weight.device)  # a fill: no copy that waits
         drawn = []
         for i in range(1, length + 1):
@@ -122,6 +122,8 @@ class MTPDrafter:
 
     def close(self) -> None:
         self.seen = None
+        if self.fused:
+            self.fused.end()
 
     def _shared(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The target's keys and values of each kind, up to the bucket, read in place."""
@@ -162,8 +164,9 @@ class MTPDrafter:
         """The whole draft in one call. Nobody asks for q under these rules: a draft is accepted if it is what the
         target says with the same noise, however it came about."""
         assert self.fused is not None
-        places = torch.arange(position + 1, position + 1 + length)
-        keys = torch.stack(position_keys(self.settings.seed, places, TARGET), 1).numpy().view(np.uint32)
+        keys = np.zeros((length, 2), np.uint32)
+        if self.settings.temperature > 0:
+            keys = position_keys(self.settings.seed, position + 1 + np.arange(length), TARGET)
         ids, sure = self.fused.draft(self.last, hidden, length, go_on, self.settings.temperature, keys)
         return Draft(torch.from_numpy(ids), None, torch.from_numpy(sure))
 

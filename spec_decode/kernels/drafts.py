@@ -186,7 +186,7 @@ def _assistant(
             drafted, sure[step] = _pick(logits.reshape(-1), heat, keys[step], tokens)
             ids[step + 1] = tokens[drafted]
             then(before, phase, 1)
-        chance *= chances[min(int(sure[step] * chances.shape[0]), chances.shape[0] - 1)]
+        chance *= chances[max(min(int(sure[step] * chances.shape[0]), chances.shape[0] - 1), 0)]  # it may be NaN
         if chance <= least[step + 1]:
             return step + 1
     return steps
