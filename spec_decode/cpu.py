@@ -42,6 +42,7 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
         type(base) is LlamaModel
         and config.hidden_act == "silu"
         and not (config.attention_bias or config.mlp_bias)
+        and getattr(model.get_output_embeddings(), "bias", None) is None
         and base.layers[0].self_attn.head_dim % 8 == 0
         and base.rotary_emb.rope_type in ("default", "linear", "llama3", "yarn")  # the same whatever the length
     ):
@@ -57,7 +58,7 @@ def quantize(model: PreTrainedModel) -> PreTrainedModel:
 
 def _forward(
     decoder: Int8Llama,
-    head: nn.Module,
+    head: Int8Linear,
     input_ids: Tensor,
     past_key_values: RollbackCache | None = None,
     logits_to_keep: int = 0,
@@ -65,8 +66,7 @@ def _forward(
     **kwargs: Any,
 ) -> CausalLMOutputWithPast:
     """As the model's own forward, without what that does beside the work."""
-    hidden, cache = decoder.run(input_ids, past_key_values)
-    logits = head(hidden[:, -logits_to_keep:])
+    hidden, logits, cache = decoder.run(input_ids, past_key_values, head, logits_to_keep or input_ids.shape[1])
     states = (hidden,) if output_hidden_states else None
     return CausalLMOutputWithPast(logits=logits, past_key_values=cache, hidden_states=states)
 
@@ -125,16 +125,20 @@ class Int8Llama(nn.Module):
             for names in self.PROJECTIONS
         ]
         self.values, self.scales = tuple(w.values for w in weights), tuple(w.scales for w in weights)
+        self.nothing = (np.empty((0, len(self.norm)), np.int8), np.empty(0, np.float32))
         self.turns = [np.empty((0, attention.head_dim), np.float32)] * 2  # cos and sin of the first positions
 
     def forward(
         self, input_ids: Tensor, past_key_values: RollbackCache | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPast:
-        hidden, cache = self.run(input_ids, past_key_values)
+        hidden, _, cache = self.run(input_ids, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
-    def run(self, input_ids: Tensor, cache: RollbackCache | None) -> tuple[Tensor, RollbackCache]:
-        """int64 `[1, rows]` behind what the cache holds → last hidden states `[1, rows, width]`, and the cache."""
+    def run(
+        self, input_ids: Tensor, cache: RollbackCache | None, head: Int8Linear | None = None, keep: int = 0
+    ) -> tuple[Tensor, Tensor, RollbackCache]:
+        """int64 `[1, rows]` behind what the cache holds → last hidden states `[1, rows, width]`, logits of the last
+        `keep` rows `[1, keep, V]`, and the cache."""
         cache = cache or RollbackCache(self.config, input_ids.shape[1])
         x = self.embed_tokens(input_ids)[0]
         start, end = cache.length, cache.length + len(x)
@@ -146,6 +150,7 @@ class Int8Llama(nn.Module):
         cos, sin = (table[start:end] for table in self.turns)
         _, kv_heads, size = self.shape
         buffers = cache.buffers(kv_heads, size, x)
+        logits = np.empty((keep, head.out_features if head else 0), np.float32)
         kernels.llama(
             len(self.norms),
             array(x),
@@ -160,9 +165,11 @@ class Int8Llama(nn.Module):
             *self.numbers,
             *(np.array([buffer.data_ptr() for buffer in kind]) for kind in buffers),
             cache.capacity,
+            self.nothing if head is None else (head.weights.values[0], head.weights.scales[0]),
+            logits,
             self._room(len(x)),
         )
-        return x[None], cache
+        return x[None], torch.from_numpy(logits)[None], cache
 
     def _room(self, rows: int) -> tuple[np.ndarray, ...]:
         """What the threads of a pass share. Rounded rows end in zeros, where weights have been rounded up."""

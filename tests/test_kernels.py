@@ -97,21 +97,21 @@ def test_softmax_is_near_whatever_the_rows_hold() -> None:
     x[2] = 88
     x[3, 500:] -= 1e30
     for heat in (0.3, 1.0, 4.0):
-        y = kernels.softmax(x, heat, threads=2)
+        y = kernels.softmax(x, heat)
         expected = torch.softmax(torch.from_numpy(x).double() / heat, -1).numpy()
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-30)
         assert (y[1, ::3] == 0).all()
         for i in range(len(x)):
-            assert np.array_equal(kernels.softmax(x[i : i + 1], heat, threads=1)[0], y[i])
+            assert np.array_equal(kernels.softmax(x[i : i + 1], heat)[0], y[i])
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
 def test_softmax_of_what_is_no_distribution_is_nan_throughout(bad: float) -> None:
     x = array(3, 301)
     x[1, 77] = bad
-    y = kernels.softmax(x, 1.0, threads=1)
+    y = kernels.softmax(x, 1.0)
     assert np.isnan(y[1]).all() and not np.isnan(y[[0, 2]]).any()
-    assert np.isnan(kernels.softmax(np.full((1, 9), -np.inf, np.float32), 1.0, threads=1)).all()
+    assert np.isnan(kernels.softmax(np.full((1, 9), -np.inf, np.float32), 1.0)).all()
 
 
 @given(width=st.integers(1, 600), few=st.integers(1, 5), seed=st.integers(0, 99))
@@ -119,7 +119,7 @@ def test_softmax_of_what_is_no_distribution_is_nan_throughout(bad: float) -> Non
 def test_argmax_is_the_first_of_the_largest(width: int, few: int, seed: int) -> None:
     x = np.random.default_rng(seed).integers(-few, few + 1, (4, width)).astype(np.float32) / 3
     x[3, : width // 2] = -np.inf
-    assert kernels.argmax(x, threads=2).tolist() == x.argmax(1).tolist()
+    assert kernels.argmax(x).tolist() == x.argmax(1).tolist()
 
 
 def test_noise_is_what_torch_computes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 from numba import carray, njit
 
 from .passes import CHUNK, at_address
-from .products import LANES, MOST, levels, products
-from .rows import attend, best, exp, gate, noise, norm, round_row, turn, vectors
+from .products import MOST, levels, products
+from .rows import LANES, attend, best, exp, gate, noise, norm, round_row, turn, vectors
 from .sharing import PLACES, kernel, next_chunk, then, together
 
 
@@ -124,7 +124,7 @@ def _assistant(
             held_keys = carray(at_address(key_at), (kv_heads, capacity, size))
             held_values = carray(at_address(value_at), (kv_heads, capacity, size))
             straight, turned = np.empty(size, np.float32), np.empty(size, np.float32)
-            odds = np.empty(end - begin + 6, np.float32)
+            odds = np.empty(end - begin + 2 * LANES - 2, np.float32)
             head = next_chunk(before, phase, heads)
             while head >= 0:
                 at = slice(head * size, head * size + size)

@@ -12,8 +12,8 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from .products import LANES, MOST, Weights, levels, products, steps
-from .rows import attend, gate, norm, round_row, turn
+from .products import MOST, Weights, levels, products, steps
+from .rows import LANES, attend, gate, norm, round_row, turn
 from .sharing import kernel, next_chunk, then, together
 
 CHUNK = 48  # outputs a thread takes at a time: fewer, and drawing tickets costs more than it evens out
@@ -110,10 +110,12 @@ def _llama(
     key_at: Any,
     value_at: Any,
     capacity: Any,
+    last_head: Any,
+    logits: Any,
     room: Any,
 ) -> None:
-    """x `[rows, width]` in place, from embeddings to what follows the last norm. Keys and values of the new positions
-    are written behind `start`.
+    """x `[rows, width]` in place, from embeddings to what follows the last norm, and the logits of the last rows. Keys
+    and values of the new positions are written behind `start`.
 
     Args:
         norms: `[layers, 2, width]`.
@@ -121,6 +123,7 @@ def _llama(
         scales: `[layers, outputs]` of each.
         shape: heads, heads of keys and values, size of a head.
         key_at, value_at: addresses of each layer's `[kv heads, capacity, head size]`.
+        last_head: weights and scales. logits: `[last rows, outputs]`, as many as are wanted.
         room: buffers, see `cpu.Int8Llama`.
     """
     heads, kv_heads, size = shape
@@ -136,7 +139,7 @@ def _llama(
         levels(hidden),
     )
     sums = np.empty((LANES, MOST, LANES), np.int32)
-    odds = np.empty(start + rows + 3, np.float32)
+    odds = np.empty(start + rows + LANES - 1, np.float32)
     turned = np.empty(size, np.float32)
     phase = 0
     for layer in range(w_qkv.shape[0]):
@@ -191,11 +194,23 @@ def _llama(
         _add_products(tickets, phase, w_down[layer], s_down[layer], inner_rounded, steps, x, normed, sums)
         phase += 1
     r = next_chunk(tickets, phase, rows)
+    first, last = rows - logits.shape[0], wide[: logits.shape[0]]
     while r >= 0:
         norm(x[r], last_norm, epsilon, x[r])
+        if r >= first:
+            steps[r - first] = round_row(x[r], most_x, last[r - first])
         r = then(tickets, phase, rows)
+    phase += 1
+    w, scale = last_head
+    piece = 4 * CHUNK  # it is long
+    chunks = (w.shape[0] + piece - 1) // piece if len(last) else 0
+    c = next_chunk(tickets, phase, chunks)
+    while c >= 0:
+        begin, end = c * piece, min(c * piece + piece, w.shape[0])
+        products(w, scale, last, steps, begin, end, logits[:, begin:end], sums)
+        c = then(tickets, phase, chunks)
 
 
 def llama(layers: int, *arguments: Any) -> None:
     """`_llama` with fresh tickets."""
-    together(_llama, 9 * layers + 1, *arguments)
+    together(_llama, 9 * layers + 2, *arguments)

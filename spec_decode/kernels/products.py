@@ -15,11 +15,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .rows import load8
+from .rows import LANES, fold, load8, spread, store8
 
 STEP = 64  # weights of a row come in multiples of it
 MOST = 6  # rows that one reading of the weights serves
-LANES = 8  # numbers in a vector
 AHEAD = 2048  # bytes of weights that are asked for before they are needed
 _AVX2 = bool(llvm.get_host_cpu_features().get("avx2"))
 _I8, _I16, _I32, _I64, _F32 = (*(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType())
@@ -127,8 +126,7 @@ def _parts_at(builder: Any, array: Any, slot: Any, row: Any) -> Any:
 
 @intrinsic
 def _fold(context: Any, sums: Any, b: Any, scale: Any, o: Any, size: Any, row: Any, out: Any, at: Any) -> Any:
-    """out[row, at + s] = (Σ sums[s, b]) · (scale[o + s] · size[row]) for all `LANES` slots s: what `_dots` left in
-    parts is put together for eight outputs at once, where one by one would take as long as a third of the products."""
+    """out[row, at + s] = (Σ sums[s, b]) · (scale[o + s] · size[row]) for all `LANES` slots s of what `_dots` left."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
@@ -138,27 +136,12 @@ def _fold(context: Any, sums: Any, b: Any, scale: Any, o: Any, size: Any, row: A
             builder.load(_parts_at(builder, held, _I64(slot), arguments[1]), typ=_PARTS, align=4)
             for slot in range(LANES)
         ]
-        # Each turn adds halves of neighbours: [a0+a1, b0+b1, a2+a3, …], and so on until lane s is the sum of slot s.
-        for span in (1, 2, 4):
-            firsts = [i for i in range(LANES) if not i & span]  # of both halves of each pair of parts, in turn
-            picked = [
-                i + half for begin in range(0, len(firsts), span) for half in (0, LANES) for i in firsts[begin:][:span]
-            ]
-            pick = [ir.Constant(ir.VectorType(_I32, LANES), [i + plus for i in picked]) for plus in (0, span)]
-            parts = [
-                builder.add(builder.shuffle_vector(a, b, pick[0]), builder.shuffle_vector(a, b, pick[1]))
-                for a, b in zip(parts[::2], parts[1::2], strict=True)
-            ]
+        whole = builder.sitofp(fold(builder, parts, builder.add), ir.VectorType(_F32, LANES))
         step = builder.load(builder.gep(steps.data, [arguments[5]], source_etype=_F32), typ=_F32)
-        whole = builder.sitofp(parts[0], ir.VectorType(_F32, LANES))
-        spread = builder.insert_element(ir.Constant(ir.VectorType(_F32, LANES), ir.Undefined), step, _I32(0))
-        spread = builder.shuffle_vector(spread, spread, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
-        unit = builder.fmul(load8(builder, scales.data, arguments[3]), spread)
+        unit = builder.fmul(load8(builder, scales.data, arguments[3]), spread(builder, step))
         begin = builder.mul(arguments[5], builder.extract_value(outs.strides, 0))
-        place = builder.gep(builder.gep(outs.data, [begin], source_etype=_I8), [arguments[7]], source_etype=_F32)
-        builder.store(
-            builder.fmul(whole, unit), builder.bitcast(place, ir.VectorType(_F32, LANES).as_pointer()), align=4
-        )
+        row = builder.gep(outs.data, [begin], source_etype=_I8)
+        store8(builder, builder.fmul(whole, unit), row, arguments[7])
         return context.get_dummy_value()
 
     return types.void(sums, types.int64, scale, types.int64, size, types.int64, out, types.int64), generate

@@ -6,6 +6,7 @@ Everything here reads and writes one row, whatever stands beside it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+LANES = 8  # numbers in a vector
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_EIGHT = ir.VectorType(_F32, LANES)
 # Sums may be taken in any order, so that loops become vectors; and a division by zero is not an exception, which loops
 # would have to be left for.
 vectors = njit(fastmath={"reassoc", "contract", "nsz", "arcp"}, error_model="numpy")
@@ -49,10 +52,16 @@ def _floor(context: Any, x: Any) -> Any:
 
 
 @njit(inline="always")
-def _order(x: Any) -> Any:
+def order(x: Any) -> Any:
     """An int32 for a float32, in the same order."""
     bits = _bits(x)
     return bits if bits >= 0 else bits ^ np.int32(0x7FFFFFFF)
+
+
+@njit(inline="always")
+def unordered(bits: Any) -> Any:
+    """The float32 that `order` made `bits` of."""
+    return _float(bits if bits >= 0 else bits ^ np.int32(0x7FFFFFFF))
 
 
 @njit(inline="always", error_model="numpy")
@@ -160,15 +169,42 @@ def gate(gate: Any, up: Any, gelu: Any, out: Any) -> None:
         out[i] = x / (np.float32(1.0) + exp(-max(inner, np.float32(-80.0)))) * up[i]
 
 
+def fold(builder: Any, parts: list[Any], add: Callable[[Any, Any], Any]) -> Any:
+    """`LANES` vectors → one, whose lane s is the sum of vector s: of all at once, where one by one would take several
+    times as long. Every lane is added up in the same order."""
+    # Each turn adds halves of neighbours: [a0+a1, b0+b1, a2+a3, …], and so on.
+    for span in (1, 2, 4):
+        firsts = [i for i in range(LANES) if not i & span]  # of both halves of each pair of parts, in turn
+        picked = [i + half for at in range(0, len(firsts), span) for half in (0, LANES) for i in firsts[at : at + span]]
+        left, right = (ir.Constant(ir.VectorType(_I32, LANES), [i + plus for i in picked]) for plus in (0, span))
+        parts = [
+            add(builder.shuffle_vector(a, b, left), builder.shuffle_vector(a, b, right))
+            for a, b in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    return parts[0]
+
+
 def load8(builder: Any, base: Any, at: Any) -> Any:
+    """Eight float32 from `at` on."""
     place = builder.gep(base, [at], source_etype=_F32)
-    return builder.load(place, typ=ir.VectorType(_F32, 8), align=4)
+    return builder.load(place, typ=_EIGHT, align=4)
+
+
+def store8(builder: Any, value: Any, base: Any, at: Any) -> None:
+    """Eight float32 to `at` and on."""
+    place = builder.gep(base, [at], source_etype=_F32)
+    builder.store(value, builder.bitcast(place, _EIGHT.as_pointer()), align=4)
+
+
+def spread(builder: Any, value: Any) -> Any:
+    """A float32 eight times."""
+    one = builder.insert_element(ir.Constant(_EIGHT, ir.Undefined), value, _I32(0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
 
 @intrinsic
 def _scores(context: Any, q: Any, keys: Any, first: Any, out: Any, at: Any) -> Any:
-    """out[at + j] = Σ q[i] · keys[first + j, i] for j from 0 to 3; the row is a multiple of 8 long."""
-    lanes = ir.VectorType(_F32, 8)
+    """out[at + j] = Σ q[i] · keys[first + j, i] for j from 0 to 7; the row is a multiple of 8 long."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kinds = signature.args
@@ -176,20 +212,16 @@ def _scores(context: Any, q: Any, keys: Any, first: Any, out: Any, at: Any) -> A
         size = builder.extract_value(ak.shape, 1)
         rows = [
             builder.gep(ak.data, [builder.mul(builder.add(arguments[2], _I64(j)), size)], source_etype=_F32)
-            for j in range(4)
+            for j in range(LANES)
         ]
-        sums = [cgutils.alloca_once_value(builder, ir.Constant(lanes, [0.0] * 8)) for _ in rows]
-        with cgutils.for_range(builder, builder.sdiv(size, _I64(8))) as loop:
-            i = builder.mul(loop.index, _I64(8))
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(_EIGHT, [0.0] * LANES)) for _ in rows]
+        with cgutils.for_range(builder, builder.sdiv(size, _I64(LANES))) as loop:
+            i = builder.mul(loop.index, _I64(LANES))
             left = load8(builder, aq.data, i)
             for row, total in zip(rows, sums, strict=True):
                 product = builder.fmul(left, load8(builder, row, i), flags=("contract",))
                 builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
-        kind = ir.FunctionType(_F32, [_F32, lanes])
-        reduce = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v8f32")
-        for j, total in enumerate(sums):
-            whole = builder.call(reduce, [_F32(-0.0), builder.load(total)], fastmath=("reassoc",))
-            builder.store(whole, builder.gep(ao.data, [builder.add(arguments[4], _I64(j))], source_etype=_F32))
+        store8(builder, fold(builder, [builder.load(total) for total in sums], builder.fadd), ao.data, arguments[4])
         return context.get_dummy_value()
 
     return types.void(q, keys, types.int64, out, types.int64), generate
@@ -197,7 +229,6 @@ def _scores(context: Any, q: Any, keys: Any, first: Any, out: Any, at: Any) -> A
 
 def _weighted(vectors: int) -> Any:
     """A weighted sum of rows, 8 · `vectors` columns of it, as an intrinsic."""
-    lanes = ir.VectorType(_F32, 8)
 
     @intrinsic
     def weighted(context: Any, odds: Any, values: Any, begin: Any, end: Any, out: Any, at: Any) -> Any:
@@ -208,19 +239,17 @@ def _weighted(vectors: int) -> Any:
             aw, av, ao = (context.make_array(kinds[i])(context, builder, arguments[i]) for i in (0, 1, 4))
             _, _, begin, end, _, at = arguments
             size = builder.extract_value(av.shape, 1)
-            sums = [cgutils.alloca_once_value(builder, ir.Constant(lanes, [0.0] * 8)) for _ in range(vectors)]
+            sums = [cgutils.alloca_once_value(builder, ir.Constant(_EIGHT, [0.0] * LANES)) for _ in range(vectors)]
             with cgutils.for_range(builder, builder.sub(end, begin)) as loop:
                 weight = builder.load(builder.gep(aw.data, [loop.index], source_etype=_F32), typ=_F32)
-                spread = builder.insert_element(ir.Constant(lanes, ir.Undefined), weight, _I32(0))
-                spread = builder.shuffle_vector(spread, spread, ir.Constant(ir.VectorType(_I32, 8), [0] * 8))
+                weights = spread(builder, weight)
                 start = builder.add(builder.mul(builder.add(begin, loop.index), size), at)
                 for i, total in enumerate(sums):
                     row = load8(builder, av.data, builder.add(start, _I64(8 * i)))
-                    product = builder.fmul(spread, row, flags=("contract",))
+                    product = builder.fmul(weights, row, flags=("contract",))
                     builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
             for i, total in enumerate(sums):
-                place = builder.gep(ao.data, [builder.add(at, _I64(8 * i))], source_etype=_F32)
-                builder.store(builder.load(total), builder.bitcast(place, lanes.as_pointer()), align=4)
+                store8(builder, builder.load(total), ao.data, builder.add(at, _I64(8 * i)))
             return context.get_dummy_value()
 
         return types.void(odds, values, types.int64, types.int64, out, types.int64), generate
@@ -235,15 +264,16 @@ _weighted8, _weighted64 = _weighted(1), _weighted(8)
 def attend(q: Any, keys: Any, values: Any, begin: Any, end: Any, scaling: Any, odds: Any, out: Any) -> None:
     """One query over the positions from `begin` to `end` of one head: keys and values are `[positions, head_dim]`.
 
-    Reads whole fours of keys, whatever the ones outside may be.
+    Reads whole eights of keys, whatever the ones outside may be.
     """
-    n, before = end - begin, begin % 4
-    for j in range(0, before + n, 4):
+    n, before = end - begin, begin % LANES
+    for j in range(0, before + n, LANES):
         _scores(q, keys, begin - before + j, odds, j)
     odds = odds[before:]
-    largest = np.float32(-np.inf)
+    highest = order(np.float32(-np.inf))
     for j in range(n):
-        largest = max(largest, odds[j])
+        highest = max(highest, order(odds[j]))
+    largest = unordered(highest)
     total = np.float32(0.0)
     for j in range(n):
         odds[j] = exp((odds[j] - largest) * scaling)
@@ -265,10 +295,10 @@ def best(x: Any) -> Any:
         end = min(begin + 256, x.shape[0])
         here = np.int32(-(2**31))
         for i in range(begin, end):
-            here = max(here, _order(x[i]))
+            here = max(here, order(x[i]))
         if here > largest:
             at, largest = begin, here
-    while _order(x[at]) != largest:
+    while order(x[at]) != largest:
         at += 1
     return at
 
@@ -278,9 +308,9 @@ def odds(x: Any, heat: Any, out: Any) -> None:
     """softmax(x / heat), NaN throughout where x holds NaN or +inf or nothing but −inf."""
     largest, worst = np.int32(-(2**31)), np.int32(0)
     for i in range(x.shape[0]):
-        largest = max(largest, _order(x[i]))
+        largest = max(largest, order(x[i]))
         worst = max(worst, _bits(abs(x[i])))
-    top = _float(largest if largest >= 0 else largest ^ np.int32(0x7FFFFFFF))
+    top = unordered(largest)
     total = np.float32(0.0)
     inverse = np.float32(1.0) / heat
     for i in range(x.shape[0]):

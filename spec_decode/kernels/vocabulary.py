@@ -11,21 +11,17 @@ from .sharing import kernel, next_chunk, then, together
 
 
 @kernel
-def _softmax(tickets: Any, x: Any, heat: Any, out: Any) -> None:
+def _softmax(x: Any, heat: Any, out: Any) -> None:
     """`odds` of every row."""
-    r = next_chunk(tickets, 0, x.shape[0])
-    while r >= 0:
+    for r in range(x.shape[0]):
         odds(x[r], heat, out[r])
-        r = then(tickets, 0, x.shape[0])
 
 
 @kernel
-def _argmax(tickets: Any, x: Any, out: Any) -> None:
+def _argmax(x: Any, out: Any) -> None:
     """`best` of every row."""
-    r = next_chunk(tickets, 0, x.shape[0])
-    while r >= 0:
+    for r in range(x.shape[0]):
         out[r] = best(x[r])
-        r = then(tickets, 0, x.shape[0])
 
 
 @kernel
@@ -41,22 +37,23 @@ def _exponential(tickets: Any, keys: Any, tokens: Any, out: Any) -> None:
         c = then(tickets, 0, keys.shape[0] * parts)
 
 
-def softmax(x: np.ndarray, heat: float, threads: int | None = None) -> np.ndarray:
+def softmax(x: np.ndarray, heat: float) -> np.ndarray:
     """softmax(x / heat) of float32 rows; see `odds`."""
     out = np.empty_like(x)
-    together(_softmax, 1, x, np.float32(heat), out, most_threads=threads)
+    _softmax(x, np.float32(heat), out)
     return out
 
 
-def argmax(x: np.ndarray, threads: int | None = None) -> np.ndarray:
+def argmax(x: np.ndarray) -> np.ndarray:
     """Where each row of float32 is largest, int64, the first place if there are several."""
     out = np.empty(len(x), np.int64)
-    together(_argmax, 1, x, out, most_threads=threads)
+    _argmax(x, out)
     return out
 
 
-def exponential(keys: np.ndarray, tokens: np.ndarray, threads: int | None = None) -> np.ndarray:
+def exponential(keys: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Noise float32 `[rows, n]` from uint32 keys `[rows, 2]` and tokens `[n]`; see `sampling.exponential`."""
     out = np.empty((len(keys), len(tokens)), np.float32)
-    together(_exponential, 1, keys, tokens, out, most_threads=threads)
+    # One row is done before a helper has woken up; so are the other two functions.
+    together(_exponential, 1, keys, tokens, out, most_threads=1 if len(keys) == 1 else None)
     return out
