@@ -133,11 +133,12 @@ def table(rows: list[dict[str, Any]], summary: dict[str, Any], costs: Costs | No
         )
         lines += ["", f"Against {name}, median over prompts: {ratios}."]
     if costs:
+        first = costs.draft_start + costs.draft_ratio
         passes = ", ".join(f"{g + 1} tokens {costs.verify_ratio[g]:.2f}×" for g in (1, 2, 4, 8, 16))
         lines += [
             "",
             f"Target pass over 1 token: {costs.step_seconds * 1e3:.1f} ms; relative to it: {passes}; "
-            f"a draft step {costs.draft_ratio:.3f}×.",
+            f"the first draft step of a round {first:.3f}×, the others {costs.draft_ratio:.3f}×.",
         ]
     return "\n".join(lines)
 

@@ -124,10 +124,7 @@ class Adaptive:
         self.tried = [2.0] * longest
         if costs is None:
             costs = Costs(1.0, tuple(1 + 0.05 * g for g in range(longest + 1)), 0.05)
-        ratio = costs.verify_ratio
-        self.modelled = [
-            costs.step_seconds * (ratio[min(g, len(ratio) - 1)] + g * costs.draft_ratio) for g in range(longest + 1)
-        ]
+        self.modelled = [costs.step_seconds * costs.round(g) for g in range(longest + 1)]
         self.scale = [1.0] * (longest + 1)  # measured over modelled seconds, 1 until measured
         self.seen = [False] * (longest + 1)
         self.since_draft = 0

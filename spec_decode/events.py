@@ -105,12 +105,19 @@ class Costs:
     """Measured costs of the pair on its device, the inputs of the speedup model (arXiv:2211.17192).
 
     `step_seconds` is a target pass over one token; `verify_ratio[γ]` is v(γ), a target pass over γ + 1 tokens in
-    units of it (so v(0) = 1); `draft_ratio` is c, one drafted token in the same unit.
+    units of it (so v(0) = 1); `draft_ratio` is c, one drafted token in the same unit, and `draft_start` what the first
+    of a draft costs beyond that (its weights come from memory, those of the next ones do not).
     """
 
     step_seconds: float
     verify_ratio: tuple[float, ...]
     draft_ratio: float
+    draft_start: float = 0.0
+
+    def round(self, draft_length: int) -> float:
+        """A round of that draft length, in target passes over one token: v(γ) + γ·c, and the start if γ > 0."""
+        verify = self.verify_ratio[min(draft_length, len(self.verify_ratio) - 1)]
+        return verify + draft_length * self.draft_ratio + (self.draft_start if draft_length else 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -74,9 +74,8 @@ def expected_tokens_per_pass(acceptance: Sequence[float], draft_length: int) -> 
 
 
 def predicted_speedup(acceptance: Sequence[float], costs: Costs, draft_length: int) -> float:
-    """E[tokens per pass] / (γ·c + v(γ)) (Leviathan et al. 2023, arXiv:2211.17192, with a measured v)."""
-    verify = costs.verify_ratio[min(draft_length, len(costs.verify_ratio) - 1)]
-    return expected_tokens_per_pass(acceptance, draft_length) / (draft_length * costs.draft_ratio + verify)
+    """E[tokens per pass] / (γ·c + v(γ)) (Leviathan et al. 2023, arXiv:2211.17192), measured; see `Costs.round`."""
+    return expected_tokens_per_pass(acceptance, draft_length) / costs.round(draft_length)
 
 
 def measured_speedup_by_drafted(trace: Trace, minimum_rounds: int = 3) -> dict[int, float]:

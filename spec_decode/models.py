@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,6 +51,8 @@ BESIDE = f"+{LOOKUP}"  # a drafter's name may end so: prompt lookup where that d
 OWN = f"{MTP}{BESIDE}"  # the embedded target's drafter
 SHIPPED = Path(__file__).parents[1] / "assets" / "drafter"
 _MEASURED = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+_DRAFTED = 5
+_MOST_REPEATS = 9
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,8 @@ def load_pair(
 
 
 def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats: int = 3) -> Costs:
-    """Medians over `repeats` passes of each width, after one that warms up; widths between are interpolated."""
+    """Medians over at least `repeats` passes of each width, after one that warms up, and over more where that takes no
+    second; widths between are interpolated."""
     room = min(context, target.context - MAX_DRAFT_LENGTH - 1)
     tokens = torch.arange(room + MAX_DRAFT_LENGTH + 1, device=target.device) % target.vocabulary
     cache = target.new_cache(len(tokens))
@@ -231,26 +235,35 @@ def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats:
     for length in (0, 4):
         verify(length)
     # Widths in turn rather than one after another, so that a slow moment of the machine does not fall on one of them.
-    samples = [[verify(length) for length in _MEASURED] for _ in range(repeats)]
+    samples: list[list[float]] = []
+    begun = time.perf_counter()
+    while len(samples) < repeats or (len(samples) < _MOST_REPEATS and time.perf_counter() - begun < 1):
+        samples.append([verify(length) for length in _MEASURED])
     known = dict(zip(_MEASURED, (median(column) for column in zip(*samples, strict=True)), strict=True))
     step = known[0]
     ratio = [_between(known, length) / step for length in range(MAX_DRAFT_LENGTH + 1)]
 
     words = tokens[:room].tolist()
-    length, spent = 4, []
     drafter.start(words, Settings(max_new_tokens=32), len(words) + 32)
     drafter.extend(words[:1], prefix)
-    for _ in range(repeats):
+
+    def draft(length: int) -> float:
         verify(0)  # a draft comes behind a pass, which leaves nothing of the drafter in the processor's caches
         begun = time.perf_counter()
-        draft = drafter.draft(length)
-        if len(draft.ids):
-            draft.ids[0].item()
-        spent.append((time.perf_counter() - begun) / length)
-        drafter.extend([words[5 * len(spent) % room]], prefix)  # never the same two in a row: lookup finds nothing
+        made = drafter.draft(length)
+        if len(made.ids):
+            made.ids[0].item()
+        seconds = time.perf_counter() - begun
+        drafter.extend([next(others)], prefix)
+        return seconds
+
+    others = cycle(words[:: max(room // 20, 1)])  # never the same two in a row: lookup finds nothing
+    pairs = [(draft(1), draft(_DRAFTED)) for _ in samples]
     drafter.close()
     cache.free()
-    return Costs(step, tuple(ratio), median(spent) / step)
+    one, many = (median(column) / step for column in zip(*pairs, strict=True))
+    ratio_each = min(max(many - one, 0.0) / (_DRAFTED - 1), many / _DRAFTED)
+    return Costs(step, tuple(ratio), ratio_each, max(one - ratio_each, 0.0))
 
 
 def choose_threads(target: Target, int8: bool) -> int:

@@ -39,7 +39,11 @@ rounds = st.builds(
     kl=st.none() | st.floats(0, 100),
 )
 costs = st.builds(
-    Costs, step_seconds=seconds, verify_ratio=st.lists(seconds, max_size=4).map(tuple), draft_ratio=seconds
+    Costs,
+    step_seconds=seconds,
+    verify_ratio=st.lists(seconds, max_size=4).map(tuple),
+    draft_ratio=seconds,
+    draft_start=seconds,
 )
 objects = st.dictionaries(
     text, st.none() | st.booleans() | st.integers() | text | st.lists(text, max_size=2), max_size=3

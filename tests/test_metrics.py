@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -86,6 +88,9 @@ def test_expected_tokens_are_the_closed_form(a: float, length: int) -> None:
     costs = Costs(0.02, (1.0, *(1.25,) * 16), 0.05)
     v = 1.25 if length else 1.0
     assert metrics.predicted_speedup([a], costs, length) == pytest.approx(expected / (length * 0.05 + v))
+    start = 0.1 if length else 0.0
+    slow = replace(costs, draft_start=0.1)
+    assert metrics.predicted_speedup([a], slow, length) == pytest.approx(expected / (length * 0.05 + v + start))
 
 
 def test_expected_tokens_by_hand() -> None:
