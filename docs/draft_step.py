@@ -28,10 +28,11 @@ def main() -> None:
     """Prints both."""
     pair = models.load_pair(drafter="lookup", device="cpu")
     folder = sys.argv[1] if len(sys.argv) > 1 else str(models.SHIPPED)
+    lists = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["centroid_intermediate_top_k"]
 
-    def drafter(dtype: str, chosen: int = 32) -> MTPDrafter:
+    def drafter(dtype: str, share: float = 1.0) -> MTPDrafter:
         made = load_assistant(folder, pair.target.device, dtype)
-        made.masked_embedding.centroid_intermediate_top_k = chosen
+        made.masked_embedding.centroid_intermediate_top_k = round(share * lists)
         return MTPDrafter(made, pair.target, int8=dtype == "int8")
 
     costs = models.measure_costs(pair.target, drafter("int8"), repeats=15)
@@ -46,10 +47,10 @@ def main() -> None:
     whole.ordering = None
     for name, made in (
         ("float32, whole head", whole),
-        ("float32, 32 lists", drafter("float32")),
-        ("8 bits, 32 lists (ours)", drafter("int8")),
-        ("8 bits, 16 lists", drafter("int8", 16)),
-        ("8 bits, 64 lists", drafter("int8", 64)),
+        (f"float32, {lists} lists", drafter("float32")),
+        (f"8 bits, {lists} lists (ours)", drafter("int8")),
+        (f"8 bits, {lists // 2} lists", drafter("int8", 0.5)),
+        (f"8 bits, {lists * 2} lists", drafter("int8", 2.0)),
     ):
         print(f"{name:32} {tokens_per_pass(pair, made):6.2f} tokens per target pass", flush=True)
 

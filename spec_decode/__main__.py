@@ -137,7 +137,7 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     command.add_argument("--layers", type=int, nargs="+", metavar="I", help="the target's layers it reads, one or two")
     command.add_argument("--intermediate", type=int, metavar="N", help="width of its MLPs (default: as the target's)")
     command.add_argument("--centroids", type=int, default=1024, metavar="N", help="vocabulary lists; 0 for none")
-    command.add_argument("--chosen", type=int, default=32, metavar="N", help="vocabulary lists a step looks at")
+    command.add_argument("--chosen", type=int, default=64, metavar="N", help="vocabulary lists a step looks at")
     command.add_argument("--without-head", action="store_true", help="leave out the head, which is the target's")
     command.add_argument("--init", type=Path, metavar="DIR", help="a drafter of the same shape to begin with")
     command.add_argument("--steps", type=int, default=4000, metavar="N", help="updates")

@@ -32,7 +32,7 @@ class Shape:
     intermediate: int = 1536
     layers: tuple[int, ...] = (20, 29)
     centroids: int = 0
-    chosen: int = 32
+    chosen: int = 64
 
 
 def build(target: Any, shape: Shape) -> Gemma4AssistantForCausalLM:

@@ -44,7 +44,7 @@ class Recipe:
     layers: tuple[int, ...] | None = None
     intermediate: int | None = None
     centroids: int = 1024
-    chosen: int = 32
+    chosen: int = 64
     head: bool = True
     init: Path | None = None
     also: tuple[Path, ...] = ()
