@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-from . import catalog, cpu, embedded, memory
+from . import catalog, cpu, embedded, memory, sampling
 from .catalog import EMBEDDED
 from .checkpoints import (
     DTYPES,
@@ -203,6 +203,7 @@ def load_pair(
         once = " (the first start compiles for this processor, half a minute at most)" if plan.dtype == "int8" else ""
         say(f"Measuring the costs of a target pass{once} …")
         if place.type == "cpu":
+            sampling.get_ready()
             choose_threads(lead, plan.dtype == "int8")
         pair.costs = measure_costs(lead, helper)
     except ValueError as error:  # a cache that cannot roll back

@@ -100,6 +100,12 @@ def _nucleus_edge(p: Tensor, settings: Settings) -> Tensor:
     return ranked.gather(-1, last)
 
 
+def get_ready() -> None:
+    """Compiles what a CPU needs, where that was never done, so that the first race need not."""
+    noise = exponential(0, torch.zeros(1, dtype=torch.long), 2)
+    race(softmax(noise), noise)
+
+
 def _compiled(x: Tensor) -> bool:
     """Whether `kernels` takes it: on the CPU PyTorch would make ten passes over memory of what is one, or use one
     thread where there are more."""
