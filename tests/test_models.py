@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,9 @@ from transformers import (
 
 from spec_decode import memory, models
 from spec_decode.checkpoints import How, load_assistant, load_model, read_config
+from spec_decode.draft_length import GoOn
+from spec_decode.drafters import Draft
+from spec_decode.drafters.lookup import LookupDrafter
 from spec_decode.drafters.mtp import MTPDrafter
 from spec_decode.errors import ModelError, OutOfMemory, SettingsError, UserError
 from spec_decode.events import SPECULATIVE
@@ -531,3 +535,28 @@ def test_a_head_may_be_left_out_only_where_it_is_the_targets(pair_dir: Path, tmp
     config = json.loads((tmp_path / "headless" / "config.json").read_text())
     (tmp_path / "headless" / "config.json").write_text(json.dumps({**config, "shares_target_head": True}))
     load_assistant(str(tmp_path / "headless"), CPU, "float32")
+
+
+def test_costs_tell_the_first_draft_step_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only passes and drafts move."""
+    now = [0.0]
+
+    class Clocked(LookupDrafter):
+        def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
+            now[0] += 2 + 0.5 * length
+            return Draft(torch.zeros(length, dtype=torch.long))
+
+    target = Target(tiny.model("llama"))
+    verify = target.verify
+
+    def clocked(tokens: torch.Tensor, cache: Any, hidden: bool = False) -> Any:
+        now[0] += 10 + len(tokens)
+        return verify(tokens, cache, hidden)
+
+    monkeypatch.setattr(target, "verify", clocked)
+    monkeypatch.setattr(models, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    costs = models.measure_costs(target, Clocked())
+    assert costs.step_seconds == pytest.approx(11)
+    assert costs.verify_ratio == pytest.approx([(11 + g) / 11 for g in range(17)])
+    assert costs.draft_ratio == pytest.approx(0.5 / 11) and costs.draft_start == pytest.approx(2 / 11)
+    assert costs.round(0) == pytest.approx(1) and costs.round(4) == pytest.approx((15 + 4) / 11)
