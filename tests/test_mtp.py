@@ -17,6 +17,7 @@ from spec_decode.draft_length import Adaptive, Fixed, GoOn, bin_of
 from spec_decode.drafters import Draft
 from spec_decode.drafters.mtp import MTPDrafter
 from spec_decode.errors import ModelError
+from spec_decode.kernels import sharing
 from spec_decode.sampling import distribution
 from spec_decode.settings import Settings
 from spec_decode.target import Pass, Target
@@ -279,3 +280,22 @@ def test_a_draft_ends_behind_the_token_that_go_on_says(int8: bool, temperature: 
     go_on = GoOn(chances, [0.5])
     assert drafter.draft(5, go_on).ids.tolist() == whole.ids[:expected].tolist()
     assert go_on.asked
+
+
+@pytest.mark.parametrize("rule", ["greedy", "coupled"])
+def test_a_draft_is_the_same_however_many_threads_make_it(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, up to the longest, with more threads than there are cores, so that some come late."""
+    model, assistant = tiny.gemma4("dense", ordered=True)
+    target = Target(model)
+    drafter = MTPDrafter(assistant, target, int8=True)
+    drafter.start(LONG, Settings(temperature=float(rule == "coupled"), rule=rule), len(LONG) + 8)
+    drafter.extend([7], target.prefill(torch.tensor(LONG), target.new_cache(len(LONG) + 8), hidden=True))
+    monkeypatch.setattr(sharing, "threads", 1)
+    alone = drafter.draft(16)
+    for threads in (2, 3, 7):
+        monkeypatch.setattr(sharing, "threads", threads)
+        for length in (1, 5, 16) * 5:
+            made = drafter.draft(length)
+            assert torch.equal(made.ids, alone.ids[:length])
+            assert made.confidence is not None and alone.confidence is not None
+            assert torch.equal(made.confidence, alone.confidence[:length])
