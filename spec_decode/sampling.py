@@ -64,8 +64,9 @@ def softmax(logits: Tensor, heat: float = 1.0) -> Tensor:
     if _compiled(logits):
         rows = logits.detach().reshape(-1, logits.shape[-1]).contiguous().numpy()
         return torch.from_numpy(kernels.softmax(rows, heat)).view(logits.shape)
-    # Subtracting the maximum first keeps a small temperature from overflowing.
-    return ((logits - logits.amax(-1, keepdim=True)) / heat).softmax(-1)
+    if heat != 1:  # subtracting the maximum first keeps a small temperature from overflowing
+        logits = (logits - logits.amax(-1, keepdim=True)) / heat
+    return logits.softmax(-1)
 
 
 def largest(x: Tensor) -> Tensor:
@@ -107,8 +108,7 @@ def get_ready() -> None:
 
 
 def _compiled(x: Tensor) -> bool:
-    """Whether `kernels` takes it: on the CPU PyTorch would make ten passes over memory of what is one, or use one
-    thread where there are more."""
+    """Whether `kernels` takes it: on the CPU PyTorch would make ten passes over memory of what is one."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.int32)
 
 

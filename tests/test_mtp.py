@@ -299,3 +299,15 @@ def test_a_draft_is_the_same_however_many_threads_make_it(rule: str, monkeypatch
             assert torch.equal(made.ids, alone.ids[:length])
             assert made.confidence is not None and alone.confidence is not None
             assert torch.equal(made.confidence, alone.confidence[:length])
+
+
+def test_broken_weights_draft_nonsense_and_no_more() -> None:
+    """A drafter whose numbers are NaN still names tokens that there are, and reads no memory but its own."""
+    model, assistant = tiny.gemma4("dense", ordered=True)
+    assistant.model.norm.weight.data.fill_(torch.nan)
+    target = Target(model)
+    drafter = MTPDrafter(assistant, target, int8=True)
+    drafter.start(LONG, Settings(), len(LONG) + 8)
+    drafter.extend([7], target.prefill(torch.tensor(LONG), target.new_cache(len(LONG) + 8), hidden=True))
+    ids = drafter.draft(6).ids
+    assert len(ids) == 6 and ids.min() >= 0 and ids.max() < tiny.VOCABULARY

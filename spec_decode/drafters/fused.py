@@ -1,7 +1,7 @@
-"""A draft step of an assistant on the CPU, in one call.
+"""Drafts of an assistant on the CPU, in one call.
 
-In: a `Gemma4AssistantForCausalLM` in float32. Out: what its own forward would give for one token, in less time: at one
-row, small operations cost as much as the weights. Linear layers and lists are held in 8 bits, as the target's.
+In: a `Gemma4AssistantForCausalLM` in float32. Out: what its own forward would draft, in less time: at one row, small
+operations cost as much as the weights. Linear layers and lists are held in 8 bits, as the target's.
 """
 
 from __future__ import annotations
@@ -129,13 +129,11 @@ class FusedAssistant:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         steps = len(keys)
         outs = self.outs[:steps]
-        chosen = np.empty(self.chosen, np.int64)
+        chosen = np.zeros(self.chosen, np.int64)  # broken weights choose nothing
         logits = np.empty((self.chosen, self.ordering.shape[1]), np.float32)
         sure = np.empty(steps, np.float32)
-        least = np.resize(go_on.least, steps + 1)
-        least[len(go_on.least) :] = go_on.least[-1]
         weights = (self.values, self.scales, self.norms, self.numbers)
-        goes = (go_on.chances, least)
+        goes = (go_on.chances, go_on.least)
         drafted = kernels.assistant(
             outs,
             self.table,

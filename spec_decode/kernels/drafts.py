@@ -35,9 +35,8 @@ def _pick(logits: Any, heat: Any, keys: Any, tokens: Any) -> Any:
     n = logits.shape[0]
     odds = np.empty(n, np.float32)
     chosen = best(logits)
-    top, inverse = logits[chosen], np.float32(1.0) / max(heat, np.float32(1e-30))
-    if heat == np.float32(0.0):
-        inverse = np.float32(1.0)
+    top = logits[chosen]
+    inverse = np.float32(1.0) / (max(heat, np.float32(1e-30)) if heat > np.float32(0.0) else np.float32(1.0))
     total = np.float32(0.0)
     for i in range(n):
         odds[i] = exp((logits[i] - top) * inverse)
@@ -87,8 +86,7 @@ def _assistant(
         turns: of each layer cos and sin.
         lists: int64 `[lists, size]`, the tokens in them.
         heat, keys: temperature, and uint32 `[steps, 2]`, the noise keys of the positions; see `_pick`.
-        goes: chance of each range of confidence, and after each number of tokens what the draft's chance must be to
-            have one more; see `draft_length.GoOn`.
+        goes: the two tables of `draft_length.GoOn`.
         hidden: the target's last hidden state.
         ids: int64 `[steps + 1]`: the last token, and room for the draft. sure: room for its probabilities.
         chosen, logits `[chosen, size]`: the lists looked at, and the products with their rows.
@@ -106,60 +104,60 @@ def _assistant(
     chance = np.float32(1.0)
     for step in range(steps):
         here = outs[step]
-        before = tickets[step * phases * PLACES : (step + 1) * phases * PLACES]
+        drawn = tickets[step * phases * PLACES : (step + 1) * phases * PLACES]
         row = table[ids[step]]
         for i in range(row.shape[0]):
             inputs[i] = row[i] * embed_scale
         inputs[row.shape[0] :] = hidden if step == 0 else outs[step - 1, phases - 1, :fed_back]
-        x = _project(before, 0, inputs, weights[0], scales[0], here, sums).copy()
+        x = _project(drawn, 0, inputs, weights[0], scales[0], here, sums).copy()
         normed = np.empty_like(x)
         phase = 1
         for layer in range(layers):
             heads, size, kv_heads, key_at, value_at, capacity, begin, end = reads[layer]
             first = 1 + 4 * layer
             norm(x, norms[5 * layer], epsilon, normed)
-            q = _project(before, phase, normed, weights[first], scales[first], here, sums)
+            q = _project(drawn, phase, normed, weights[first], scales[first], here, sums)
             phase += 1
             mixed = here[phase, : heads * size]
             held_keys = carray(at_address(key_at), (kv_heads, capacity, size))
             held_values = carray(at_address(value_at), (kv_heads, capacity, size))
             straight, turned = np.empty(size, np.float32), np.empty(size, np.float32)
             odds = np.empty(end - begin + 2 * LANES - 2, np.float32)
-            head = next_chunk(before, phase, heads)
+            head = next_chunk(drawn, phase, heads)
             while head >= 0:
                 at = slice(head * size, head * size + size)
                 norm(q[at], norms[5 * layer + 4], epsilon, straight)
                 turn(straight, turns[2 * layer], turns[2 * layer + 1], turned)
                 kv = head // (heads // kv_heads)
                 attend(turned, held_keys[kv], held_values[kv], begin, end, scalings[layer], odds, mixed[at])
-                head = then(before, phase, heads)
+                head = then(drawn, phase, heads)
             phase += 1
-            y = _project(before, phase, mixed, weights[first + 1], scales[first + 1], here, sums)
+            y = _project(drawn, phase, mixed, weights[first + 1], scales[first + 1], here, sums)
             norm(y, norms[5 * layer + 1], epsilon, normed)
             x += normed
             phase += 1
             norm(x, norms[5 * layer + 2], epsilon, normed)
-            gated = _project(before, phase, normed, weights[first + 2], scales[first + 2], here, sums)
+            gated = _project(drawn, phase, normed, weights[first + 2], scales[first + 2], here, sums)
             wide = gated.shape[0] // 2
             inner = np.empty(wide, np.float32)
             gate(gated[:wide], gated[wide:], gelu, inner)
             phase += 1
-            y = _project(before, phase, inner, weights[first + 3], scales[first + 3], here, sums)
+            y = _project(drawn, phase, inner, weights[first + 3], scales[first + 3], here, sums)
             norm(y, norms[5 * layer + 3], epsilon, normed)
             for i in range(width):
                 x[i] = (x[i] + normed[i]) * scalars[layer]
             phase += 1
         norm(x, norms[5 * layers], epsilon, normed)
-        _project(before, phases - 1, normed, weights[behind], scales[behind], here, sums)
-        if next_chunk(before, phase, 1) == 0:
+        _project(drawn, phases - 1, normed, weights[behind], scales[behind], here, sums)
+        if next_chunk(drawn, phase, 1) == 0:
             here[phases - 2, :width] = normed
-            then(before, phase, 1)
+            then(drawn, phase, 1)
         if lists.shape[0] == 0:
             return 1
         phase += 1
-        scores = _project(before, phase, normed, weights[behind + 1], scales[behind + 1], here, sums)
+        scores = _project(drawn, phase, normed, weights[behind + 1], scales[behind + 1], here, sums)
         phase += 1
-        if next_chunk(before, phase, 1) == 0:
+        if next_chunk(drawn, phase, 1) == 0:
             n = chosen.shape[0]
             least_score = np.partition(scores, scores.shape[0] - n)[scores.shape[0] - n]
             found = 0
@@ -167,27 +165,27 @@ def _assistant(
                 if scores[i] >= least_score and found < n:
                     chosen[found] = i
                     found += 1
-            then(before, phase, 1)
+            then(drawn, phase, 1)
         phase += 1
         w, scale = weights[behind + 2], scales[behind + 2]
         size = lists.shape[1]
         rounded, unit = np.zeros((1, w.shape[1]), np.int16), np.empty(1, np.float32)
         unit[0] = round_row(normed, levels(width), rounded[0])
-        c = next_chunk(before, phase, chosen.shape[0])
+        c = next_chunk(drawn, phase, chosen.shape[0])
         while c >= 0:
             begin = chosen[c] * size
             products(w, scale, rounded, unit, begin, begin + size, logits[c : c + 1], sums)
-            c = then(before, phase, chosen.shape[0])
+            c = then(drawn, phase, chosen.shape[0])
         phase += 1
-        if next_chunk(before, phase, 1) == 0:
+        if next_chunk(drawn, phase, 1) == 0:
             tokens = np.empty(chosen.shape[0] * size, np.int64)
             for i in range(chosen.shape[0]):
                 tokens[i * size : i * size + size] = lists[chosen[i]]
             drafted, sure[step] = _pick(logits.reshape(-1), heat, keys[step], tokens)
             ids[step + 1] = tokens[drafted]
-            then(before, phase, 1)
+            then(drawn, phase, 1)
         chance *= chances[max(min(int(sure[step] * chances.shape[0]), chances.shape[0] - 1), 0)]  # it may be NaN
-        if chance <= least[step + 1]:
+        if chance <= least[min(step + 1, least.shape[0] - 1)]:
             return step + 1
     return steps
 
