@@ -139,6 +139,8 @@ function show({ phase, stats, about }) {
     lane.bar.style.transform = "scaleX(" + Math.min(1, (s.tokens || 0) / about.limit) + ")";
   }
   const over = phase === "done" || phase === "failed";
+  // Until the next status line comes, this one must not say again that the visitor waits.
+  if (over) document.querySelector("#sd-status p")?.classList.add("sd-over");
   write("wall", stats.wall === undefined || !over ? "" : ", " + stats.wall.toFixed(1) + " s,");
   const badge = fields.identical;
   const state = phase === "idle" || stats.same === undefined ? "none"

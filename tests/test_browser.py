@@ -158,14 +158,24 @@ class Visitor:
         ]
 
 
+STATUS_WHEN_DONE = """() => {
+  const shown = (b) => getComputedStyle(b).display !== "none";
+  const said = () => [...document.querySelectorAll("#sd-status b")].filter(shown).map((b) => b.textContent);
+  const look = () => { if (document.body.dataset.sdPhase === "done") window.said = said(); };
+  new MutationObserver(look).observe(document.body, { attributeFilter: ["data-sd-phase"] });
+}"""
+
+
 def test_a_race_of_the_embedded_model(browser: Any, real_app: str) -> None:
     visitor = Visitor(browser, real_app)
     page = visitor.page
     page.locator("#sd-main").get_by_text("Baseline").first.wait_for()  # before the model is
     visitor.ready()
+    page.evaluate(STATUS_WHEN_DONE)
     visitor.run("Copy this line twice: <img src=x onerror=\"document.title='owned'\"> </span>", max_new_tokens=40)
     visitor.phase("running", 60)
     visitor.phase("done")
+    assert page.evaluate("window.said") in (["Racing."], ["Ready."])
     for lane in ("baseline", "speculative"):
         assert 1 <= int(visitor.text(f'[data-k="{lane}.tokens"]')) <= 40
         assert visitor.text(f".sd-{lane} .sd-text").strip()
