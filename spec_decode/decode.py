@@ -71,7 +71,7 @@ def _decode(
                 passed = target.prefill(feed, cache, hidden)
             else:
                 passed = target.verify(torch.cat([feed, draft.ids]), cache, hidden)
-            verdict, shown = _verify(draft, passed.logits, position, settings)
+            verdict, shown = _verify(draft, passed.logits, position, settings, alone=drafter is None)
             ids, accepted, own, p, q, refused, kl = _to_host(draft, passed.logits, verdict, shown)
             watch.mark()
 
@@ -105,21 +105,42 @@ def _decode(
             drafter.close()
 
 
-def _verify(draft: Draft, logits: Tensor, position: int, settings: Settings) -> tuple[Verdict, Tensor]:
-    """The verdict of the rule in `settings`, and the target's probabilities `[γ + 1, V]` worth showing."""
+def _verify(draft: Draft, logits: Tensor, position: int, settings: Settings, alone: bool) -> tuple[Verdict, Tensor]:
+    """The verdict of the rule in `settings`, and the target's probabilities `[γ + 1, V]` worth showing.
+
+    Args:
+        position: of the first token that this round may emit: the round's start.
+        alone: the lane has no drafter. Its text is the target's own sample for the seed, whatever the rule.
+
+    Why the output follows the target's distribution, though a controller chooses γ by what it saw of past rounds
+    (tokens, confidences and seconds, those of refused drafts included), and may end a draft early:
+
+    Coupled: token t is argmax p_t / E_t, where the noise E_t depends on (seed, t) alone and p_t on the tokens before t.
+    The draft appears nowhere in it, so nothing that decides the draft can change the output. Noise may be met again.
+
+    Rejection: a round that starts at s takes all its noise (draft, acceptance, residual) from (seed, s, position,
+    stream). Starts increase strictly, so no two rounds share noise, and given everything before the round its noise
+    is fresh. Whether position t of a round is drafted was decided before the noise at t was used: by past rounds, and
+    by drafted tokens before t that the verdict visits first. Given that, and given that t is reached, a drafted token
+    is accepted or replaced so that the result follows p_t (Leviathan et al. 2023, theorem 1), and a token without a
+    draft is drawn from p_t. By induction over positions the text follows the target. Were noise keyed by position
+    alone, a round after a rejection at t would draw t + 1 with the noise of the refused draft, of which the
+    controller has seen the outcome: whether t + 1 is drafted would depend on the noise it is drafted with.
+    """
     seed, vocabulary = settings.seed, logits.shape[-1]
     if settings.temperature == 0:
         p = softmax(logits.float())
-        if settings.rule == "threshold":
+        if settings.rule == "threshold" and not alone:
             u = noise = p  # neither is used
             return verification.threshold(draft.ids, p, None, u, noise, settings.lenience, argmax=True), p
         return verification.greedy(draft.ids, logits), p  # every exact rule is the greedy one at temperature 0
     places = torch.arange(position, position + logits.shape[0], device=logits.device)
     p = distribution(logits, settings)
-    if settings.rule == "coupled":
+    if settings.rule == "coupled" or alone:
         return verification.coupled(draft.ids, p, exponential(seed, places, vocabulary, TARGET)), p
-    u = uniform(seed, places[:-1], ACCEPT)
-    noise = exponential(seed, places, vocabulary, RESIDUAL)
+    start = places[:1]
+    u = uniform(seed, places[:-1], ACCEPT, start)
+    noise = exponential(seed, places, vocabulary, RESIDUAL, start)
     if settings.rule == "rejection":
         return verification.rejection(draft.ids, p, draft.probabilities, u, noise), p
     return verification.threshold(draft.ids, p, draft.probabilities, u, noise, settings.lenience, argmax=False), p

@@ -6,12 +6,12 @@ nothing to wait for).
 
 A draw is an exponential race: with independent E ~ Exp(1), argmax p / E is distributed as p. It is the Gumbel-max
 trick without the logarithms (log p + g with g = −log E). The noise is a hash of (seed, position, token, stream), so a
-lane that reaches a position by another road meets the same noise there (Daliri et al. 2024, arXiv:2408.07978).
+lane that reaches a position by other rounds meets the same noise there (Daliri et al. 2024, arXiv:2408.07978). Rules
+that draw independently of the draft add the round's start to the hash: every round has noise of its own. `decode` has
+the argument for both.
 """
 
 from __future__ import annotations
-
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from .settings import Settings
 TARGET, DRAFT, ACCEPT, RESIDUAL = 0, 1, 2, 3
 STREAMS = 4
 
-Lanes = TypeVar("Lanes", Tensor, np.ndarray)  # of int32 that wrap
 _MASK32 = 0xFFFFFFFF
 _CPU_SHORTLIST = 256
 _COLDEST = 1e-30  # float32 would round a temperature far below this to 0
@@ -112,23 +111,26 @@ def _compiled(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.int32)
 
 
-def exponential(seed: int, positions: Tensor, vocabulary: int, stream: int = TARGET) -> Tensor:
-    """Independent Exp(1) noise, a function of (seed, position, token, stream) alone.
+def exponential(
+    seed: int, positions: Tensor, vocabulary: int, stream: int = TARGET, start: Tensor | None = None
+) -> Tensor:
+    """Independent Exp(1) noise, a function of (seed, position, token, stream) alone, and of `start` where it is given.
 
     Args:
         positions: integer `[k]`, absolute positions in the sequence, on the device the noise is wanted on.
+        start: integer `[1]` or `[k]`, the position at which the round starts, for noise that no other round meets.
 
     Returns:
         float32 `[k, vocabulary]`, positive.
     """
     tokens = torch.arange(vocabulary, dtype=torch.int32, device=positions.device)
-    return _exponential_at(seed, positions, tokens, stream)
+    return _exponential_at(seed, positions, tokens, stream, start)
 
 
-def uniform(seed: int, positions: Tensor, stream: int = ACCEPT) -> Tensor:
+def uniform(seed: int, positions: Tensor, stream: int = ACCEPT, start: Tensor | None = None) -> Tensor:
     """Independent U(0, 1) noise `[k]` for integer `positions` `[k]`; see `exponential`."""
     zero = torch.zeros(1, dtype=torch.int32, device=positions.device)
-    return (-_exponential_at(seed, positions, zero, stream)).exp().clamp_max(1 - 2.0**-24).squeeze(-1)
+    return (-_exponential_at(seed, positions, zero, stream, start)).exp().clamp_max(1 - 2.0**-24).squeeze(-1)
 
 
 def race(p: Tensor, noise: Tensor) -> Tensor:
@@ -139,15 +141,16 @@ def race(p: Tensor, noise: Tensor) -> Tensor:
     return largest(p / noise)
 
 
-def draw(logits: Tensor, positions: Tensor, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor]:
+def draw(logits: Tensor, positions: Tensor, start: Tensor, settings: Settings) -> tuple[Tensor, Tensor | None, Tensor]:
     """One drafted token for every row, as the rule in `settings` wants it drawn.
 
-    At temperature 0 it is the argmax and there is no q. Otherwise it is drawn from q, with the noise the target will
-    use at that position under the coupled rule, and with noise of its own under the others.
+    At temperature 0 it is the argmax and there is no q. Otherwise it is drawn from q: under the coupled rule with the
+    noise that the target will use at that position, under the others with noise of this round alone.
 
     Args:
         logits: `[k, V]`, the drafter's.
         positions: integer `[k]`, where the tokens would stand.
+        start: integer `[1]` or `[k]`, the position of the first token of the draft.
 
     Returns:
         ids int64 `[k]`; q float32 `[k, V]` or None; the drafter's probability of each id, float32 `[k]`.
@@ -156,16 +159,20 @@ def draw(logits: Tensor, positions: Tensor, settings: Settings) -> tuple[Tensor,
         ids = largest(logits)
         return ids, None, softmax(logits.float()).gather(-1, ids[:, None])[:, 0]
     q = distribution(logits, settings)
-    stream = TARGET if settings.rule == "coupled" else DRAFT
-    ids = race(q, exponential(settings.seed, positions, logits.shape[-1], stream))
+    if settings.rule == "coupled":
+        noise = exponential(settings.seed, positions, logits.shape[-1], TARGET)
+    else:
+        noise = exponential(settings.seed, positions, logits.shape[-1], DRAFT, start)
+    ids = race(q, noise)
     return ids, q, q.gather(-1, ids[:, None])[:, 0]
 
 
-def _exponential_at(seed: int, positions: Tensor, tokens: Tensor, stream: int) -> Tensor:
+def _exponential_at(seed: int, positions: Tensor, tokens: Tensor, stream: int, start: Tensor | None) -> Tensor:
     if _compiled(tokens):
-        keys = position_keys(seed, positions.numpy(), stream)
+        keys = position_keys(seed, positions.numpy(), stream, None if start is None else start.numpy())
         return torch.from_numpy(kernels.exponential(keys, tokens.numpy().view(np.uint32)))
-    key1, key2 = _keys(seed, positions.to(torch.int32)[:, None], stream)
+    begin = None if start is None else start.to(torch.int32)[:, None]
+    key1, key2 = _keys(seed, positions.to(torch.int32)[:, None], stream, begin)
     bits = _mix(_mix(tokens[None, :] ^ key1) + key2)
     # v uniform in (0, 1) with its finest steps near 0, where the winners of a race lie.
     v = bits.to(torch.float32).mul_(2.0**-32)
@@ -173,20 +180,30 @@ def _exponential_at(seed: int, positions: Tensor, tokens: Tensor, stream: int) -
     return -torch.log1p(-v)
 
 
-def position_keys(seed: int, positions: np.ndarray, stream: int) -> np.ndarray:
-    """The keys `[k, 2]` as uint32, which kernels make noise from."""
-    return np.stack(_keys(seed, positions.astype(np.int32), stream), -1).view(np.uint32)
+def position_keys(seed: int, positions: np.ndarray, stream: int, start: np.ndarray | None = None) -> np.ndarray:
+    """The keys `[k, 2]` as uint32, which kernels make noise from; arguments as in `exponential`."""
+    return kernels.keys(*_words(seed, stream), positions, start)
 
 
-def _keys(seed: int, place: Lanes, stream: int) -> tuple[Lanes, Lanes]:
-    # 64 bits of key for each position, which a 32-bit hash of the token is mixed with in two rounds. 32-bit lanes
-    # because they multiply in vector registers everywhere, which 64-bit ones do not.
+def _words(seed: int, stream: int) -> tuple[int, int]:
+    """64 bits for a seed and a stream, as two words of 32."""
     low = _mix_int(seed & _MASK32)
-    high = _mix_int((seed >> 32) ^ low ^ (0x9E3779B9 * (stream + 1) & _MASK32))
-    return _mix(place * _signed(0x9E3779B1) ^ _signed(low)), _mix(place ^ _signed(high))
+    return low, _mix_int((seed >> 32) ^ low ^ (0x9E3779B9 * (stream + 1) & _MASK32))
 
 
-def _mix(x: Lanes) -> Lanes:
+def _keys(seed: int, place: Tensor, stream: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    # 64 bits of key for each position, which a 32-bit hash of the token is mixed with in two rounds. 32-bit lanes
+    # because they multiply in vector registers everywhere, which 64-bit ones do not. `kernels.keys` is the same.
+    words = _words(seed, stream)
+    low: Tensor | int = _signed(words[0])
+    high: Tensor | int = _signed(words[1])
+    if start is not None:
+        low = _mix(start * _signed(0x85EBCA6B) ^ low)
+        high = _mix(start * _signed(0xC2B2AE35) ^ high)
+    return _mix(place * _signed(0x9E3779B1) ^ low), _mix(place ^ high)
+
+
+def _mix(x: Tensor) -> Tensor:
     """A 32-bit finalizer with low bias (C. Wellons, "lowbias32", 2018), on int32 lanes that wrap."""
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * _signed(0x7FEB352D)

@@ -122,14 +122,16 @@ def test_argmax_is_the_first_of_the_largest(width: int, few: int, seed: int) -> 
     assert kernels.argmax(x).tolist() == x.argmax(1).tolist()
 
 
-def test_noise_is_what_torch_computes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("start", [None, [0], [70_000], [0, 2, 69_999]], ids=str)
+def test_noise_is_what_torch_computes_elsewhere(start: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token's noise is the same bits alone and among others, and near that of an accelerator's code."""
     places = torch.tensor([0, 3, 70_000])
-    ours = exponential(2**40 + 5, places, 50_000, stream=1)
     few = torch.tensor([0, 17, 49_999, 3], dtype=torch.int32)
-    assert torch.equal(sampling._exponential_at(2**40 + 5, places, few, 1), ours[:, few.long()])
+    starts = None if start is None else torch.tensor(start)
+    ours = exponential(2**40 + 5, places, 50_000, 1, starts)
+    assert torch.equal(sampling._exponential_at(2**40 + 5, places, few, 1, starts), ours[:, few.long()])
     monkeypatch.setattr(sampling, "_compiled", lambda x: False)
-    torch.testing.assert_close(exponential(2**40 + 5, places, 50_000, stream=1), ours, rtol=1e-6, atol=0)
+    torch.testing.assert_close(exponential(2**40 + 5, places, 50_000, 1, starts), ours, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("inside", [0, 1, 6])

@@ -258,6 +258,8 @@ def test_noise_is_pinned() -> None:
     torch.testing.assert_close(
         row, torch.tensor([0.364046633, 1.74316442, 0.153765813, 0.207989484]), rtol=1e-6, atol=0
     )
+    row = exponential(42, torch.tensor([7]), 4, RESIDUAL, torch.tensor([5]))[0]
+    torch.testing.assert_close(row, torch.tensor([2.99287748, 4.26172733, 1.57931721, 0.539586663]), rtol=1e-6, atol=0)
 
 
 def blocks() -> Iterator[tuple[str, Tensor]]:
@@ -268,6 +270,9 @@ def blocks() -> Iterator[tuple[str, Tensor]]:
     yield "large seeds", torch.cat([exponential(s << 32, torch.arange(2), 20).flatten() for s in range(2000)])
     for stream in range(STREAMS):
         yield f"stream {stream}", exponential(1, torch.arange(400), 200, stream).flatten()
+    starts = torch.arange(200_000)
+    yield "starts of one position", exponential(0, torch.full((200_000,), 7), 1, DRAFT, starts)[:, 0]
+    yield "rounds of one draft length", exponential(0, starts + 3, 1, ACCEPT, starts)[:, 0]
 
 
 def test_noise_is_exponential() -> None:
@@ -308,6 +313,13 @@ def noise_pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
     for a in range(STREAMS):
         for b in range(a):
             yield f"streams {a} {b}", exponential(0, here, width, a), exponential(0, here, width, b)
+    for shift in (0, 1, 2, 16, 2**20):
+        yield f"start {shift}", base, exponential(0, here, width, TARGET, (here - shift).abs())
+    started = exponential(0, here + 5, width, DRAFT, here)
+    for shift in (1, 2, 3, 4, 5):
+        yield f"start + {shift}", started, exponential(0, here + 5, width, DRAFT, here + shift)
+        yield f"start and position + {shift}", started, exponential(0, here + 5 + shift, width, DRAFT, here + shift)
+    yield "start and position exchanged", started, exponential(0, here, width, DRAFT, here + 5)
     square = exponential(0, torch.arange(300), 300)
     yield "position and token exchanged", square[~torch.eye(300).bool()], square.T[~torch.eye(300).bool()]
     yield (

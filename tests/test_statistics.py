@@ -2,7 +2,7 @@
 
 The "model" is a table: logits of the next token given the last two. Sampling, noise and rules are the engine's own,
 driven as `decode` drives them: draft i at position n + i on stream DRAFT, its uniform on ACCEPT, the target's own
-token on RESIDUAL.
+token on RESIDUAL, all keyed by the round's start n as well.
 
 Trials are rows of one batch. Noise is a function of (seed, position, token, stream), and a trial reads only the few
 positions from its start on, so trials started 64 positions apart share no noise: they are as independent as trials
@@ -134,7 +134,8 @@ def sample(combination: Combination, rule: Rule, seed: int, trials: int = TRIALS
 
     def noise(positions: Tensor, stream: int) -> Tensor:
         flat = (offset[:, None] + positions).flatten()
-        return exponential(seed, flat, vocabulary, stream).reshape(*positions.shape, vocabulary)
+        start = None if stream == TARGET else (offset[:, None] + n_[:, None]).expand(positions.shape).flatten()
+        return exponential(seed, flat, vocabulary, stream, start).reshape(*positions.shape, vocabulary)
 
     length = 0 if combination.prefill else combination.length
     while int(n.min()) < len(PROMPT) + TOKENS:
@@ -145,7 +146,8 @@ def sample(combination: Combination, rule: Rule, seed: int, trials: int = TRIALS
         places = n_[:, None] + torch.arange(length + 1)
         before, last = text.gather(1, places - 2), text.gather(1, places - 1)
         p, q, draft = p_of[before, last], q_of[before, last][:, :length], text.gather(1, places[:, :length])
-        u = uniform(seed, (offset[:, None] + places[:, :length]).flatten(), ACCEPT).reshape(trials, length)
+        starts = (offset + n_)[:, None].expand(trials, length).flatten()
+        u = uniform(seed, (offset[:, None] + places[:, :length]).flatten(), ACCEPT, starts).reshape(trials, length)
         if coupled:
             verdict = verification.coupled(draft, p, noise(places, TARGET))
         else:

@@ -42,12 +42,13 @@ class ModelDrafter:
     @torch.inference_mode()
     def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
         feed = torch.tensor(self.tokens[self.cache.length :], device=self.model.device)
+        start = torch.full((1,), len(self.tokens), device=self.model.device)
         drawn = []
         for i in range(length):
             logits = self.model.prefill(feed, self.cache).logits[:, : self.vocabulary]
             if logits.shape[1] < self.vocabulary:
                 logits = torch.nn.functional.pad(logits, (0, self.vocabulary - logits.shape[1]), value=-torch.inf)
-            drawn.append(draw(logits, torch.full((1,), len(self.tokens) + i, device=logits.device), self.settings))
+            drawn.append(draw(logits, start + i, start, self.settings))
             if not worth_more(drawn, go_on):
                 break
             feed = drawn[-1][0]

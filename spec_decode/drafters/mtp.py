@@ -100,10 +100,10 @@ class MTPDrafter:
             if self.fused:
                 out, hidden, chosen, logits = self.fused.step(int(token), hidden)
                 if self.ordering is None:
-                    drawn.append(self._draw(out, places + i))
+                    drawn.append(self._draw(out, places + i, places + 1))
                 else:
                     ids = self.ordering[torch.from_numpy(chosen)].flatten()
-                    drawn.append(self._draw_listed(ids, torch.from_numpy(logits)[None], places + i))
+                    drawn.append(self._draw_listed(ids, torch.from_numpy(logits)[None], places + i, places + 1))
             else:
                 embedded = self.embed(token).to(self.device)
                 out = self.model.model(
@@ -114,7 +114,7 @@ class MTPDrafter:
                     use_cache=False,
                 ).last_hidden_state[0]
                 hidden = self.model.post_projection(out)
-                drawn.append(self._draw(out, places + i))
+                drawn.append(self._draw(out, places + i, places + 1))
             if not worth_more(drawn, go_on):
                 break
             token = drawn[-1][0].to(token.device)
@@ -142,23 +142,25 @@ class MTPDrafter:
             masks[kind] = torch.zeros_like(back, dtype=keys.dtype).masked_fill_(~visible, -torch.inf)[None, None, None]
         return masks
 
-    def _draw(self, out: Tensor, place: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _draw(self, out: Tensor, place: Tensor, start: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """A token from the assistant's output `[1, width]`, as `sampling.draw` gives it."""
         if self.ordering is None:
-            return draw(self.model.lm_head(out), place, self.settings)
+            return draw(self.model.lm_head(out), place, start, self.settings)
         # The tokens in the chosen centroids' lists; all others have no logit.
         embedder = self.model.masked_embedding
         chosen = embedder.centroids(out).topk(embedder.centroid_intermediate_top_k).indices[0]
         ids = self.ordering[chosen].flatten()
-        return self._draw_listed(ids, out @ self.rows[ids].T, place)
+        return self._draw_listed(ids, out @ self.rows[ids].T, place, start)
 
-    def _draw_listed(self, ids: Tensor, logits: Tensor, place: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _draw_listed(
+        self, ids: Tensor, logits: Tensor, place: Tensor, start: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """As `_draw`, from ids `[n]` and their logits `[1, n]`."""
         if self.settings.temperature == 0:
             best = logits.argmax(-1)
             return ids[best], None, logits.float().softmax(-1)[0, best]
         everywhere = logits.new_full((1, self.vocabulary), -torch.inf).scatter_(-1, ids[None], logits)
-        return draw(everywhere, place, self.settings)
+        return draw(everywhere, place, start, self.settings)
 
     def _at_once(self, position: int, hidden: Tensor, length: int, go_on: GoOn | None) -> Draft:
         """The whole draft in one call. Nobody asks for q under these rules: a draft is accepted if it is what the

@@ -9,6 +9,6 @@ for bit whatever stands beside it and however many threads there are; verificati
 from .drafts import assistant
 from .passes import linear, llama
 from .products import Weights, levels, steps
-from .vocabulary import argmax, exponential, softmax
+from .vocabulary import argmax, exponential, keys, softmax
 
-__all__ = ["Weights", "argmax", "assistant", "exponential", "levels", "linear", "llama", "softmax", "steps"]
+__all__ = ["Weights", "argmax", "assistant", "exponential", "keys", "levels", "linear", "llama", "softmax", "steps"]

@@ -113,6 +113,17 @@ def _mix(x: Any) -> Any:
     return np.uint32(x ^ (x >> np.uint32(16)))
 
 
+@njit(inline="always")
+def noise_keys(low: Any, high: Any, position: Any, start: Any) -> Any:
+    """The keys of a position, uint32, see `sampling._keys`; `start` is negative where the round has no part in them."""
+    if start >= 0:
+        begin = np.uint32(start)
+        low = _mix(np.uint32(np.uint32(begin * np.uint32(0x85EBCA6B)) ^ low))
+        high = _mix(np.uint32(np.uint32(begin * np.uint32(0xC2B2AE35)) ^ high))
+    place = np.uint32(position)
+    return _mix(np.uint32(np.uint32(place * np.uint32(0x9E3779B1)) ^ low)), _mix(np.uint32(place ^ high))
+
+
 @njit(inline="always", error_model="numpy")
 def noise(key1: Any, key2: Any, token: Any) -> Any:
     """Exp(1) noise of one token, see `sampling.exponential`; the keys are those of the position."""

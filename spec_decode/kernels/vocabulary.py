@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from .rows import best, noise, odds
+from .rows import best, noise, noise_keys, odds
 from .sharing import kernel, next_chunk, then, together
+
+_NOWHERE = np.array([-1])  # the start of noise that is the same in every round
 
 
 @kernel
@@ -22,6 +24,14 @@ def _argmax(x: Any, out: Any) -> None:
     """`best` of every row."""
     for r in range(x.shape[0]):
         out[r] = best(x[r])
+
+
+@kernel
+def _keys(low: Any, high: Any, positions: Any, starts: Any, out: Any) -> None:
+    """out[i] = the keys of positions[i] in a round that starts at starts[i], the last of them for all beyond."""
+    for i in range(positions.shape[0]):
+        start = starts[min(i, starts.shape[0] - 1)]
+        out[i, 0], out[i, 1] = noise_keys(low, high, positions[i], start)
 
 
 @kernel
@@ -48,6 +58,14 @@ def argmax(x: np.ndarray) -> np.ndarray:
     """Where each row of float32 is largest, int64, the first place if there are several."""
     out = np.empty(len(x), np.int64)
     _argmax(x, out)
+    return out
+
+
+def keys(low: int, high: int, positions: np.ndarray, starts: np.ndarray | None) -> np.ndarray:
+    """uint32 `[k, 2]` for int64 positions `[k]`, from the two words of a seed; see `sampling.exponential`."""
+    out = np.empty((len(positions), 2), np.uint32)
+    starts = _NOWHERE if starts is None else starts.astype(np.int64)
+    _keys(np.uint32(low), np.uint32(high), positions.astype(np.int64), starts, out)
     return out
 
 
