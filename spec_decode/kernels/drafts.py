@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
+from .compiled import kernel
 from .passes import CHUNK, at_address
 from .products import MOST, levels, products
 from .rows import LANES, attend, best, exponentials, floats, gate, noise, norm, round_row, turn
-from .sharing import PLACES, kernel, next_chunk, then, together
+from .sharing import PLACES, next_chunk, then, together
 
 
 @njit

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from .compiled import kernel
 from .rows import best, noise, odds
-from .sharing import kernel, next_chunk, then, together
+from .sharing import next_chunk, then, together
 
 
 @kernel
