@@ -112,7 +112,8 @@ class Int8Llama(nn.Module):
     def __init__(self, model: LlamaModel) -> None:
         super().__init__()
         self.config = model.config
-        self.embed_tokens, self.rotary_emb = model.embed_tokens, model.rotary_emb
+        self.embed_tokens = model.embed_tokens
+        self.rotary = (array(model.rotary_emb.inv_freq), model.rotary_emb.attention_scaling)
         attention = model.layers[0].self_attn
         heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
         self.shape = (heads, kv_heads, attention.head_dim)
@@ -126,7 +127,7 @@ class Int8Llama(nn.Module):
         ]
         self.values, self.scales = tuple(w.values for w in weights), tuple(w.scales for w in weights)
         self.nothing = (np.empty((0, len(self.norm)), np.int8), np.empty(0, np.float32))
-        self.turns = [np.empty((0, attention.head_dim), np.float32)] * 2  # cos and sin of the first positions
+        self.turns = kernels.rope_table(self.rotary[0], 0)  # cos and sin of the first positions
 
     def forward(
         self, input_ids: Tensor, past_key_values: RollbackCache | None = None, **kwargs: Any
@@ -145,8 +146,8 @@ class Int8Llama(nn.Module):
         if end > cache.capacity:  # the kernel would write beyond its buffers
             raise ValueError(f"the cache has room for {cache.capacity} positions, and the pass ends at {end}")
         if len(self.turns[0]) < end:
-            places = torch.arange(bucket(end))[None]
-            self.turns = [array(part[0]) for part in self.rotary_emb(x, position_ids=places)]
+            frequencies, scaling = self.rotary
+            self.turns = kernels.rope_table(frequencies, bucket(end), scaling)
         cos, sin = (table[start:end] for table in self.turns)
         _, kv_heads, size = self.shape
         buffers = cache.buffers(kv_heads, size, x)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from spec_decode import cpu, kernels, models, sampling
-from spec_decode.kernels import passes, products, rows, sharing
+from spec_decode.kernels import passes, processor, products, rows, sharing
 from spec_decode.sampling import exponential
 from spec_decode.target import Target
 
@@ -63,7 +63,7 @@ def test_a_row_of_zeros_gives_zeros() -> None:
 @pytest.mark.parametrize("rows", range(1, products.MOST + 1))
 @pytest.mark.parametrize("fast", [True, False])
 def test_dots_are_exact_with_and_without_avx2(rows: int, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "_AVX2", fast and products._AVX2)
+    monkeypatch.setattr(products, "has_avx2", lambda: fast and processor.has_avx2())
     dots = products._dots(rows)
 
     @njit

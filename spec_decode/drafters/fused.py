@@ -40,7 +40,7 @@ class FusedAssistant:
     def __init__(self, model: Any, embed: Any, rows: Tensor | None) -> None:
         config = model.config.get_text_config()
         self.rotary = model.model.rotary_emb
-        self.tables: dict[str, list[np.ndarray]] = {}
+        self.tables: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.layers = list(model.model.layers)
         parameters = [dict(layer.named_parameters()) for layer in self.layers]
         matrices = [model.pre_projection.weight]
@@ -95,12 +95,13 @@ class FusedAssistant:
         _, heads, capacity, size = layer.keys.shape
         return (self.heads, size, heads, layer.keys.data_ptr(), layer.values.data_ptr(), capacity, 0, 0)
 
-    def _turns(self, kind: str, length: int) -> list[np.ndarray]:
+    def _turns(self, kind: str, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tables of cos and sin, `[n, head size]` each with n > `length`, made for a while ahead."""
         known = self.tables.get(kind)
         if known is None or len(known[0]) <= length:
-            places = torch.arange(bucket(length + 1))[None]
-            known = self.tables[kind] = [array(part[0]) for part in self.rotary(torch.empty(0), places, kind)]
+            frequencies = array(getattr(self.rotary, f"{kind}_inv_freq"))
+            scaling = getattr(self.rotary, f"{kind}_attention_scaling")
+            known = self.tables[kind] = kernels.rope_table(frequencies, bucket(length + 1), scaling)
         return known
 
     def step(self, token: int, hidden: Tensor) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
@@ -117,7 +118,7 @@ class FusedAssistant:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Up to `length` tokens out of the lists and their probabilities among them: the most likely ones, or at a
         temperature those that win with the noise of `keys`, uint32 `[length, 2]`."""
-        ids = np.empty(length + 1, np.int64)
+        ids = np.zeros(length + 1, np.int64)  # a draft that was given up looks tokens up that nobody chose
         ids[0] = token
         go_on = go_on or GoOn.always()
         go_on.asked = go_on.asked or length > 1

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
+from .compiled import kernel
 from .passes import CHUNK, at_address
 from .products import MOST, levels, products
-from .rows import LANES, attend, best, exp, gate, noise, norm, round_row, turn, vectors
-from .sharing import PLACES, kernel, next_chunk, then, together
+from .rows import LANES, attend, best, exponentials, floats, gate, noise, norm, round_row, turn
+from .sharing import PLACES, next_chunk, then, together
 
 
 @njit
@@ -28,7 +29,7 @@ def _project(tickets: Any, phase: Any, x: Any, w: Any, scale: Any, outs: Any, su
     return outs[phase, : w.shape[0]]
 
 
-@vectors
+@floats
 def _pick(logits: Any, heat: Any, keys: Any, tokens: Any) -> Any:
     """Which of the tokens is drafted, and its probability among them: the most likely one, or at a temperature the
     winner of the race that the target will run at that position (`sampling.race`)."""
@@ -37,10 +38,7 @@ def _pick(logits: Any, heat: Any, keys: Any, tokens: Any) -> Any:
     chosen = best(logits)
     top = logits[chosen]
     inverse = np.float32(1.0) / (max(heat, np.float32(1e-30)) if heat > np.float32(0.0) else np.float32(1.0))
-    total = np.float32(0.0)
-    for i in range(n):
-        odds[i] = exp((logits[i] - top) * inverse)
-        total += odds[i]
+    total = exponentials(logits, n, top, inverse, odds)
     if heat > np.float32(0.0):
         furthest = np.float32(-1.0)
         for i in range(n):

@@ -12,9 +12,10 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from .compiled import kernel
 from .products import MOST, Weights, levels, products, steps
 from .rows import LANES, attend, gate, norm, round_row, turn
-from .sharing import kernel, next_chunk, then, together
+from .sharing import next_chunk, then, together
 
 CHUNK = 48  # outputs a thread takes at a time: fewer, and drawing tickets costs more than it evens out
 

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .processor import has_avx2
 from .rows import LANES, fold, load8, spread, store8
 
 STEP = 64  # weights of a row come in multiples of it
 MOST = 6  # rows that one reading of the weights serves
 AHEAD = 2048  # bytes of weights that are asked for before they are needed
-_AVX2 = bool(llvm.get_host_cpu_features().get("avx2"))
 _I8, _I16, _I32, _I64, _F32 = (*(ir.IntType(n) for n in (8, 16, 32, 64)), ir.FloatType())
 _PARTS = ir.VectorType(_I32, LANES)
 
@@ -54,7 +53,6 @@ def levels(width: Any) -> Any:
 
 def _dots(rows: int) -> Any:
     """The products of one row of weights with `rows` rows of activations, as an intrinsic."""
-    width = 16 if _AVX2 else 8  # products in one instruction
     turns = max(4 // rows, 1)  # so that sums do not wait for each other
 
     @intrinsic
@@ -64,6 +62,8 @@ def _dots(rows: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             kinds = signature.args
             aw, ax, ao = (context.make_array(kinds[i])(context, builder, arguments[i]) for i in (0, 2, 4))
+            avx2 = has_avx2()
+            width = 16 if avx2 else 8  # products in one instruction
 
             def start(array: Any, index: Any, plus: int, kind: Any) -> Any:
                 long = builder.extract_value(array.shape, 1)
@@ -74,7 +74,7 @@ def _dots(rows: int) -> Any:
             inputs = [start(ax, arguments[3], b, _I16) for b in range(rows)]
             zero = ir.Constant(_PARTS, [0] * LANES)
             sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(turns)] for _ in range(rows)]
-            wide = ir.VectorType(_I16 if _AVX2 else _I32, width)
+            wide = ir.VectorType(_I16 if avx2 else _I32, width)
 
             def load(base: Any, at: Any, kind: Any, size: int) -> Any:
                 place = builder.gep(base, [at], source_etype=kind)
@@ -90,7 +90,7 @@ def _dots(rows: int) -> Any:
                     weight = load(weights, at, _I8, 1)
                     for b in range(rows):
                         value = load(inputs[b], at, _I16, 2)
-                        if _AVX2:  # sums of neighbouring products, in 32 bits
+                        if avx2:  # sums of neighbouring products, in 32 bits
                             kind = ir.FunctionType(_PARTS, [wide, wide])
                             add = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd")
                             product = builder.call(add, [weight, value])

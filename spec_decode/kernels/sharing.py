@@ -1,17 +1,19 @@
-"""How threads share a kernel, and where compiled kernels are kept.
+"""How threads share a kernel.
 
 Threads take tickets: the work is cut into phases (a projection, the attention, …), a phase into chunks, and whoever
 comes next draws the next chunk. A thread that the machine lends to somebody else holds up nothing but the chunk it has
 in hand, and one that comes late finds the work done. Helpers are help; the caller alone would finish too.
+
+If one of them fails with a chunk in hand, that chunk is never done. So whoever fails marks all chunks of all phases as
+drawn and done: nobody waits for them, everyone runs to the end, and the caller gets the error in place of a result.
 """
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import threading
+import time
 from collections.abc import Callable
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -25,20 +27,7 @@ PLACES = 16  # int64 places for the tickets of a phase: those drawn and those do
 threads = 1  # that share the work of a call, unless it says otherwise
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 _I64 = ir.IntType(64)
-# Numba looks at a function's own file to see whether what it kept on disk is still true; the names it keeps it under
-# tell about the others.
-_EDITION = hashlib.sha256(
-    b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-).hexdigest()
-
-
-def kernel(function: Callable[..., Any]) -> Any:
-    """Compiled for every kind of arguments when they first come, and kept on disk, if there is a place for it."""
-    function.__qualname__ += f"_{_EDITION[:12]}"
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
+_OVER = 2**40  # more than there are chunks in any phase
 
 
 @intrinsic
@@ -86,25 +75,43 @@ def then(tickets: Any, phase: Any, chunks: Any) -> Any:
     return next_chunk(tickets, phase, chunks)
 
 
+class _Job:
+    """A kernel that several threads run at once, with the same arguments, the tickets first."""
+
+    def __init__(self, kernel: Callable[..., Any], tickets: np.ndarray, arguments: tuple[Any, ...]) -> None:
+        self.kernel, self.tickets, self.arguments = kernel, tickets, arguments
+        self.error: BaseException | None = None
+
+    def help(self) -> None:
+        try:
+            self.kernel(self.tickets, *self.arguments)
+        except BaseException as error:  # it belongs to the caller
+            self.error = error  # first: who finds no tickets left finds the reason
+            self.give_up()
+
+    def give_up(self) -> None:
+        self.tickets.fill(_OVER)
+
+
 class _Helper(threading.Thread):
     """Runs a kernel now and then. A pool of the standard library takes several times as long to hand one over."""
 
     def __init__(self) -> None:
         super().__init__(name="kernel", daemon=True)
-        self.jobs: SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...]]] = SimpleQueue()
-        self.busy = False
+        self.jobs: SimpleQueue[_Job] = SimpleQueue()
+        self.job: _Job | None = None  # while there is one
         self.start()
 
-    def help(self, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        self.busy = True
-        self.jobs.put((kernel, arguments))
+    def help(self, job: _Job) -> None:
+        self.job = job
+        self.jobs.put(job)
 
     def run(self) -> None:
         while True:
-            kernel, arguments = self.jobs.get()
-            kernel(*arguments)
-            del arguments  # they hold buffers
-            self.busy = False
+            job = self.jobs.get()
+            job.help()
+            del job  # it holds buffers
+            self.job = None
 
 
 _helpers: list[_Helper] = []
@@ -114,12 +121,27 @@ def together(kernel: Callable[..., Any], phases: int, *arguments: Any, most_thre
     """Runs `kernel` here and on those of the helpers that are free; returns what it returns here.
 
     most_threads: if not `threads`.
+
+    Raises what the kernel raises, here or in a helper; what it was to fill is then worth nothing.
     """
-    arguments = (np.zeros(phases * PLACES, np.int64), *arguments)
-    others = (most_threads or threads) - 1
-    while len(_helpers) < others:
-        _helpers.append(_Helper())
-    for helper in _helpers[:others]:
-        if not helper.busy:
-            helper.help(kernel, arguments)
-    return kernel(*arguments)
+    job = _Job(kernel, np.zeros(phases * PLACES, np.int64), arguments)
+    helping = _free((most_threads or threads) - 1)
+    try:
+        for helper in helping:
+            helper.help(job)
+        result = kernel(job.tickets, *arguments)
+        if job.error:
+            raise job.error
+    except BaseException:
+        job.give_up()
+        while any(helper.job is job and helper.is_alive() for helper in helping):
+            time.sleep(0.001)  # they may still write to the caller's buffers
+        raise
+    return result
+
+
+def _free(most: int) -> list[_Helper]:
+    """The free ones of `most` helpers. Those that have ended are replaced: a process that was forked has none."""
+    _helpers[:most] = [helper if helper.is_alive() else _Helper() for helper in _helpers[:most]]
+    _helpers.extend(_Helper() for _ in range(most - len(_helpers)))
+    return [helper for helper in _helpers[:most] if helper.job is None]

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from .compiled import kernel
 from .rows import best, noise, noise_keys, odds
-from .sharing import kernel, next_chunk, then, together
+from .sharing import next_chunk, then, together
 
 _NOWHERE = np.array([-1])  # the start of noise that is the same in every round
 
