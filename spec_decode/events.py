@@ -142,7 +142,8 @@ class Trace:
     """A race as it happened: enough to replay it with no model.
 
     `pair` names target, drafter, device and dtype; `settings` is `Settings.to_dict()`; `machine` says what it ran on;
-    `finish` says per lane why it ended ("stop" for an end-of-sequence token, "length", "cancelled", or "running").
+    `finish` says per lane why it ended ("stop" for an end-of-sequence token, "length", "cancelled", "time" for a limit
+    of the server, or "running").
     """
 
     pair: dict[str, Any]

@@ -22,7 +22,7 @@ from .draft_length import controller
 from .errors import OutOfMemory, PromptError, is_out_of_memory
 from .events import BASELINE, SPECULATIVE, Reading, Round, Trace
 from .settings import Settings
-from .text import TextStream, encode_chat
+from .text import TextStream, encode_chat, require_text
 
 if TYPE_CHECKING:
     from .models import Pair
@@ -37,7 +37,8 @@ class Race:
 
     Raises:
         UserError: `thinking` is asked of a target whose chat template has no switch for it.
-        PromptError: the prompt is empty, or longer than the context leaves room for beside `max_new_tokens`.
+        PromptError: the prompt is empty or no text, or longer than the context leaves room for beside
+            `max_new_tokens`.
     """
 
     def __init__(
@@ -159,6 +160,9 @@ class Race:
 
 
 def _fit(pair: Pair, prompt: str, settings: Settings, system: str | None, truncate: bool, thinking: bool) -> list[int]:
+    require_text("prompt", prompt)
+    if system is not None:
+        require_text("system prompt", system)
     if not prompt.strip():
         raise PromptError("The prompt is empty; type something for the model to answer.")
     ids = encode_chat(pair.tokenizer, prompt, system, thinking)
