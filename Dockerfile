@@ -47,9 +47,9 @@ RUN python -m spec_decode race --device cpu --prompt "Hello" --temperature 0.7 -
 VOLUME /cache
 EXPOSE 7860
 
-# the page is up within seconds; the model behind it may take longer and says so there
+# the page is up within seconds; the model behind it may take longer, which is healthy until it has failed
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:7860/', timeout=4).close()"]
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:7860/health', timeout=4).close()"]
 
 # a first process ignores SIGTERM unless it handles it; Python handles SIGINT
 STOPSIGNAL SIGINT

@@ -8,12 +8,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from ipaddress import ip_address
 from typing import Any
 
 from spec_decode import catalog, flags, text
 from spec_decode.catalog import EMBEDDED
 from spec_decode.errors import UserError
-from spec_decode.ui import Engine, build, launch_options
+from spec_decode.ui import Engine, Limits, build, launch_options
+
+# What a race may take where strangers may come, unless the flags say otherwise.
+PUBLIC = Limits(new_tokens=1024, seconds=120)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,7 +30,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=_port, help="port to listen on (default: GRADIO_SERVER_PORT, else from 7860 up)")
     parser.add_argument("--share", action="store_true", help="open a public gradio.live link")
     parser.add_argument("--max-queue", type=int, default=32, help="visitors that may wait (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens-limit",
+        type=_whole,
+        metavar="N",
+        help=f"new tokens a race may ask for, 0 for any number (default: {PUBLIC.new_tokens} where other machines can "
+        "reach the page, else any number)",
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=_whole,
+        metavar="S",
+        help=f"seconds after which a race is stopped, 0 for never (default: {PUBLIC.seconds:g} where other machines can "
+        "reach the page, else never)",
+    )
     arguments = parser.parse_args(argv)
+    arguments.limits = limits(arguments)
     try:
         arguments.choice = flags.read(arguments)
     except UserError as error:
@@ -53,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
 
     own, target = arguments.choice["drafter"], arguments.choice["target"]
     mtp = ("mtp+lookup", "mtp") if target == EMBEDDED else ("mtp+lookup",) if catalog.find(target) else ()
-    engine = Engine(load, race, drafters=(*mtp, "lookup"), own=own, thinking=arguments.thinking)
+    engine = Engine(
+        load, race, drafters=(*mtp, "lookup"), own=own, thinking=arguments.thinking, limits=arguments.limits
+    )
     page = build(engine, arguments.max_queue)
     try:
         _, url, _ = page.launch(
@@ -73,6 +94,30 @@ def main(argv: list[str] | None = None) -> int:
     engine.start()
     page.block_thread()
     return 0
+
+
+def limits(arguments: argparse.Namespace) -> Limits:
+    """What a race may take: what the flags say, else `PUBLIC` if other machines can reach the page."""
+    shared = arguments.share or os.environ.get("GRADIO_SHARE", "").lower() == "true"
+    usual = PUBLIC if shared or os.environ.get("SYSTEM") == "spaces" or not _loopback(arguments.host) else Limits()
+    tokens, seconds = arguments.max_new_tokens_limit, arguments.max_seconds
+    return Limits(
+        usual.new_tokens if tokens is None else tokens or None,
+        usual.seconds if seconds is None else seconds or None,
+    )
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"a whole number, 0 for no limit, not {text[:80]!r}")
+    return int(text)
 
 
 def _port(text: str) -> int:

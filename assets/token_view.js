@@ -11,7 +11,7 @@ const SAYS = {
   c: "the target’s own token in place of a rejected guess",
   b: "the target’s extra token after every guess was accepted",
 };
-const FINISH = { stop: "end of text", length: "token limit", cancelled: "stopped", running: "broke off" };
+const FINISH = { stop: "end of text", length: "token limit", cancelled: "stopped", time: "time limit", running: "broke off" };
 const fields = {};
 for (const node of root.querySelectorAll("[data-k]")) fields[node.dataset.k] = node;
 const tip = find(".sd-tip");

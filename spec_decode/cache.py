@@ -134,6 +134,19 @@ class RollbackCache(Cache):
             raise ValueError(f"cannot roll back to {length}: the cache holds {self.length} positions")
         self.length = length
 
+    def copy(self) -> RollbackCache:
+        """Another cache of the same capacity that holds the same, in buffers of its own on the same devices. What is
+        written is copied, what is not stays zero."""
+        twin: RollbackCache = object.__new__(RollbackCache)
+        twin.capacity, twin.length = self.capacity, self.length
+        Cache.__init__(twin, layers=[RollbackLayer(twin, layer.is_sliding) for layer in self.layers])
+        for ours, theirs in zip(self.layers, twin.layers, strict=True):
+            if ours.is_initialized:
+                theirs.lazy_initialization(ours.keys, ours.values)
+                theirs.keys[:, :, : self.length] = ours.keys[:, :, : self.length]
+                theirs.values[:, :, : self.length] = ours.values[:, :, : self.length]
+        return twin
+
     def reset(self) -> None:
         """Forgets everything and keeps the buffers."""
         self.length = 0

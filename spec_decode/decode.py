@@ -1,14 +1,17 @@
 """Decoding: a prompt goes in, `Round`s come out. The whole algorithm is `_decode`.
 
 In: a Target, perhaps a Drafter and a controller of draft length, the prompt's ids, a text stream, settings. Out: a
-generator of rounds; closing it ends the lane and frees its cache. Baseline is the same loop with no drafter, so both
-lanes run the same arithmetic on the same noise. Knows nothing of clocks across lanes, of chat, or of who watches.
+generator of rounds; closing it ends the lane and frees its cache. A lane begins behind a prompt that was read for it
+(`Prefill`), or reads it itself, and between the chunks of a long prompt it yields a `Reading`. Baseline is the same
+loop with no drafter, so both lanes run the same arithmetic on the same noise. Knows nothing of clocks across lanes, of
+chat, or of who watches.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -18,24 +21,84 @@ from .clock import Stopwatch
 from .draft_length import Controller
 from .drafters import Draft, Drafter
 from .errors import UserError
-from .events import BASELINE, SPECULATIVE, Role, Round, Token
+from .events import BASELINE, SPECULATIVE, Reading, Role, Round, Token
 from .sampling import ACCEPT, RESIDUAL, TARGET, degenerate, distribution, exponential, softmax, uniform
 from .settings import Settings
-from .target import Target
+from .target import Pass, Target
 from .text import TextStream
 from .verification import Verdict
 
 
-def baseline(target: Target, prompt: list[int], text: TextStream, settings: Settings) -> Iterator[Round]:
-    """The target alone, one token a pass."""
-    return _decode(BASELINE, target, None, None, prompt, text, settings)
+class Prefill:
+    """A prompt on its way into a cache with room for `capacity` positions. Iterating reads it, chunk by chunk (see
+    `Target.read`), and once it is read a lane may begin.
+
+    Two lanes need not read it twice: what one reading leaves is the keys and values of the prompt and, of its last
+    position, logits and hidden state (an MTP drafter is given no others). `copy` gives another lane the same bits,
+    which are the bits it would have computed: the same function of the same tokens.
+
+    Attributes:
+        cache: where the prompt goes.
+        passed: the pass of its last chunk, None before there is one.
+        seconds: that reading took, without what happened between chunks. It is the time that each lane of a race would
+            have needed on its own, so it counts as each lane's own. Making a copy is on no lane's clock: a lane on its
+            own makes none.
+    """
+
+    def __init__(self, target: Target, prompt: list[int], capacity: int, hidden: bool = False) -> None:
+        self.target, self.prompt, self.hidden = target, prompt, hidden
+        self.cache = target.new_cache(capacity)
+        self.passed: Pass | None = None
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Reading]:
+        """Reads what is still to be read; yields after every chunk but the last."""
+        begun = time.perf_counter()
+        tokens = torch.tensor(self.prompt[self.cache.length :], device=self.target.device)
+        for passed in self.target.read(tokens, self.cache, self.hidden):
+            self.passed = passed
+            self.seconds += time.perf_counter() - begun
+            if self.cache.length < len(self.prompt):
+                yield Reading(self.cache.length, len(self.prompt))
+            begun = time.perf_counter()
+
+    def copy(self) -> Prefill:
+        """The same, for another lane: no buffer that either lane writes to is shared. Only when all is read."""
+        assert self.passed is not None
+        twin = copy(self)
+        twin.passed = self.passed.copy()
+        twin.cache = twin.passed.cache
+        return twin
+
+    def free(self) -> None:
+        """Gives the memory back."""
+        self.cache.free()
+        self.passed = None
+
+
+Lane = Iterator[Round | Reading]
+
+
+def baseline(
+    target: Target, prompt: list[int], text: TextStream, settings: Settings, prefill: Prefill | None = None
+) -> Lane:
+    """The target alone, one token a pass. `prefill` of the prompt, where it was read before, is the lane's from now on;
+    its cache has room for the prompt and `max_new_tokens`."""
+    return _decode(BASELINE, target, None, None, prompt, text, settings, prefill)
 
 
 def speculative(
-    target: Target, drafter: Drafter, lengths: Controller, prompt: list[int], text: TextStream, settings: Settings
-) -> Iterator[Round]:
-    """The target with a drafter, one round at a time."""
-    return _decode(SPECULATIVE, target, drafter, lengths, prompt, text, settings)
+    target: Target,
+    drafter: Drafter,
+    lengths: Controller,
+    prompt: list[int],
+    text: TextStream,
+    settings: Settings,
+    prefill: Prefill | None = None,
+) -> Lane:
+    """The target with a drafter, one round at a time. `prefill` as for `baseline`, with hidden states if the drafter
+    needs them."""
+    return _decode(SPECULATIVE, target, drafter, lengths, prompt, text, settings, prefill)
 
 
 def _decode(
@@ -46,19 +109,29 @@ def _decode(
     prompt: list[int],
     text: TextStream,
     settings: Settings,
-) -> Iterator[Round]:
+    prefill: Prefill | None,
+) -> Lane:
     hidden = drafter is not None and drafter.needs_hidden
     capacity = len(prompt) + settings.max_new_tokens
-    cache = target.new_cache(capacity)
+    prefill = prefill or Prefill(target, prompt, capacity, hidden)
+    cache = prefill.cache
     left = settings.max_new_tokens
     position = len(prompt)  # of the next token to be drawn
     clock, index = 0.0, 0
-    begun = time.perf_counter()
     try:
+        yield from prefill
+        passed, prefill.passed = prefill.passed, None
+        assert passed is not None
+        # From here on the lane's time goes as if it had read the prompt itself just now.
+        begun = time.perf_counter() - prefill.seconds
         if drafter is not None:
-            drafter.start(prompt, settings, capacity)
-        feed = torch.tensor(prompt, device=target.device)
-        draft = Draft(feed[:0])
+            for reading in drafter.start(prompt, settings, capacity) or ():
+                paused = time.perf_counter()
+                yield reading
+                begun += time.perf_counter() - paused
+        starting = time.perf_counter() - begun - prefill.seconds  # the drafter's own prefill
+        feed = torch.empty(0, dtype=torch.long, device=target.device)
+        draft = Draft(feed)
         length, ended = 0, False
         while left > 0 and not ended:
             watch = Stopwatch(target.device)
@@ -67,9 +140,7 @@ def _decode(
                 length = min(lengths.choose(), left - 1)
                 draft = drafter.draft(length, lengths.go_on) if length > 0 else Draft(feed[:0])
             watch.mark()
-            if index == 0:
-                passed = target.prefill(feed, cache, hidden)
-            else:
+            if index > 0:
                 passed = target.verify(torch.cat([feed, draft.ids]), cache, hidden)
             verdict, shown = _verify(draft, passed.logits, position, settings, alone=drafter is None)
             ids, accepted, own, p, q, refused, kl = _to_host(draft, passed.logits, verdict, shown)
@@ -93,6 +164,8 @@ def _decode(
             seconds, begun = now - begun, now
             clock += seconds
             laps = watch.laps()
+            if index == 0:
+                laps = [laps[0] + starting, laps[1] + prefill.seconds]
             done = Round(lane, index, tokens, length, laps[0], laps[1], seconds, clock, refused, kl)
             if lengths is not None and index > 0:
                 lengths.observe(done)

@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+from reprlib import Repr
+
+SHOWN = 80  # characters of a value that a message repeats
+
+
+def quoted(value: object) -> str:
+    """A value as a message may repeat it: at most `SHOWN` characters, however long or deep it is."""
+    text = _shortener.repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
+
+
+_shortener = Repr()
+_shortener.maxstring = _shortener.maxother = _shortener.maxlong = SHOWN
+
 
 class UserError(Exception):
     """Something asked for cannot be done; the message is one sentence that says what and what to do."""

@@ -44,8 +44,18 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """`read` of the prompt's `total` tokens have been read, and no lane has a token yet. Not part of a trace: it is
+    there so that whoever waits sees how far it is, and may stop."""
+
+    read: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Round:
-    """One draft and one target pass of a lane; round 0 is the prefill, which emits the first token.
+    """One draft and one target pass of a lane; round 0 is the prefill, which emits the first token. Its
+    `verify_seconds` are the target's reading of the prompt, its `draft_seconds` the drafter's, if it reads one.
 
     `tokens` stand in display order: accepted, rejected, then the target's own (correction, bonus, or target when
     nothing was drafted). `draft_length` is the γ that was asked for; a drafter may have proposed fewer tokens, and
@@ -132,7 +142,8 @@ class Trace:
     """A race as it happened: enough to replay it with no model.
 
     `pair` names target, drafter, device and dtype; `settings` is `Settings.to_dict()`; `machine` says what it ran on;
-    `finish` says per lane why it ended ("stop" for an end-of-sequence token, "length", "cancelled", or "running").
+    `finish` says per lane why it ended ("stop" for an end-of-sequence token, "length", "cancelled", "time" for a limit
+    of the server, or "running").
     """
 
     pair: dict[str, Any]

@@ -40,7 +40,7 @@ from .errors import ModelError, is_out_of_memory
 from .events import Costs
 from .kernels import sharing
 from .settings import MAX_DRAFT_LENGTH, Settings
-from .target import Target
+from .target import Target, choose_chunk
 from .text import can_think
 
 Say = Callable[[str], None]
@@ -93,7 +93,7 @@ class Pair:
 
     @property
     def machine(self) -> dict[str, Any]:
-        return machine(self.target.device)
+        return {**machine(self.target.device), "prefill_chunk": self.target.chunk}
 
     @property
     def info(self) -> dict[str, str]:
@@ -205,6 +205,7 @@ def load_pair(
         if place.type == "cpu":
             sampling.get_ready()
             choose_threads(lead, plan.dtype == "int8")
+        choose_chunk(lead)
         pair.costs = measure_costs(lead, helper)
     except ValueError as error:  # a cache that cannot roll back
         raise ModelError(f"{target} cannot be raced: {error}.") from error
@@ -368,6 +369,7 @@ def _load_model_drafter(source: str, target: Target, tokenizer: Any, plan: Plan)
         return MTPDrafter(assistant, target, name, int8=plan.dtype == "int8")
     check_same_vocabulary(tokenizer, load_tokenizer(source, how.revision))
     model = Target(load_model(source, place, plan.dtype, how))
+    choose_chunk(model)
     name = embedded.NAME if source == str(embedded.cache_dir() / embedded.NAME) else source
     return ModelDrafter(model, name, target.vocabulary, target.device)
 

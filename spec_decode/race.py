@@ -2,7 +2,7 @@
 
 In: a loaded pair, a prompt, settings. Out: an iterator of rounds of both lanes, and the trace of what happened. Two
 lanes at once would steal from each other, so each owns a clock that counts only its own busy time, and the lane whose
-clock is behind always goes next.
+clock is behind always goes next. The prompt is read once, for both.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import decode
+from .clock import finish
+from .decode import Prefill
 from .draft_length import controller
 from .errors import OutOfMemory, PromptError, is_out_of_memory
-from .events import BASELINE, SPECULATIVE, Round, Trace
+from .events import BASELINE, SPECULATIVE, Reading, Round, Trace
 from .settings import Settings
-from .text import TextStream, encode_chat
+from .text import TextStream, encode_chat, require_text
 
 if TYPE_CHECKING:
     from .models import Pair
@@ -35,7 +37,8 @@ class Race:
 
     Raises:
         UserError: `thinking` is asked of a target whose chat template has no switch for it.
-        PromptError: the prompt is empty, or longer than the context leaves room for beside `max_new_tokens`.
+        PromptError: the prompt is empty or no text, or longer than the context leaves room for beside
+            `max_new_tokens`.
     """
 
     def __init__(
@@ -54,33 +57,35 @@ class Race:
         self.rounds: list[Round] = []
         self.finish: dict[str, str] = {BASELINE: "running", SPECULATIVE: "running"}
         self._stopped = threading.Event()
-        self._lanes: dict[str, Iterator[Round]] = {}
+        self._why = "cancelled"
+        self._prefill: Prefill | None = None
+        self._lanes: dict[str, decode.Lane] = {}
 
     def __iter__(self) -> Iterator[Round]:
-        """Rounds as they happen.
+        """Rounds as they happen; raises as `steps`."""
+        return (step for step in self.steps() if isinstance(step, Round))
+
+    def steps(self) -> Iterator[Round | Reading]:
+        """Rounds as they happen, and before the first of a lane how far a long prompt has been read.
 
         Raises:
             OutOfMemory: the device ran out; both lanes have ended and their memory is free.
             UserError: the model produced something that cannot be sampled from.
         """
-        pair, settings = self.pair, self.settings
-        text = [TextStream(pair.tokenizer, self.ids) for _ in range(2)]
-        lengths = controller(settings, pair.costs)
-        self._lanes = {
-            BASELINE: decode.baseline(pair.target, self.ids, text[0], settings),
-            SPECULATIVE: decode.speculative(pair.target, pair.drafter, lengths, self.ids, text[1], settings),
-        }
         clocks = {BASELINE: 0.0, SPECULATIVE: 0.0}
         try:
+            yield from self._begin()
             while clocks and not self._stopped.is_set():
                 lane = min(clocks, key=lambda name: clocks[name])
                 done = next(self._lanes[lane], None)
                 if done is None:
                     del clocks[lane]
-                    self.finish[lane] = "length" if self._emitted(lane) >= settings.max_new_tokens else "stop"
+                    emitted = self._emitted(lane)
+                    self.finish[lane] = "length" if emitted >= self.settings.max_new_tokens else "stop"
                     continue
-                clocks[lane] = done.clock
-                self.rounds.append(done)
+                if isinstance(done, Round):
+                    clocks[lane] = done.clock
+                    self.rounds.append(done)
                 yield done
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -93,18 +98,45 @@ class Race:
         finally:
             self.close()
 
-    def stop(self) -> None:
-        """Ends the race after the round under way; may be called from any thread."""
+    def _begin(self) -> Iterator[Reading]:
+        """Reads the prompt and sets up both lanes behind it, unless the race is stopped before."""
+        pair, ids, settings = self.pair, self.ids, self.settings
+        if self._stopped.is_set():
+            return
+        prefill = Prefill(pair.target, ids, len(ids) + settings.max_new_tokens, pair.drafter.needs_hidden)
+        self._prefill = prefill
+        for reading in prefill:
+            yield reading
+            if self._stopped.is_set():
+                return
+        text = [TextStream(pair.tokenizer, ids) for _ in range(2)]
+        lengths, twin = controller(settings, pair.costs), prefill.copy()
+        finish(pair.target.device)  # copying is on no lane's clock
+        self._lanes = {
+            BASELINE: decode.baseline(pair.target, ids, text[0], settings, prefill),
+            SPECULATIVE: decode.speculative(pair.target, pair.drafter, lengths, ids, text[1], settings, twin),
+        }
+
+    def stop(self, why: str = "cancelled") -> None:
+        """Ends the race after the round under way, or the chunk of the prompt; may be called from any thread. `why`
+        stands in `finish` for lanes that had not ended."""
+        if not self._stopped.is_set():
+            self._why = why
         self._stopped.set()
 
     def close(self) -> None:
         """Ends both lanes and frees their memory. Not while another thread is iterating: use `stop` there."""
         self._stopped.set()
         lanes, self._lanes = self._lanes, {}
+        prefill, self._prefill = self._prefill, None
         for generator in lanes.values():
             generator.close()  # type: ignore[attr-defined]
-        self.finish = {lane: "cancelled" if why == "running" else why for lane, why in self.finish.items()}
-        if lanes and self.pair.target.device.type == "cuda":
+        self.finish = {lane: self._why if why == "running" else why for lane, why in self.finish.items()}
+        if prefill is None:
+            return
+        prefill.free()
+        lanes.clear()  # a lane that never began holds its cache until now
+        if self.pair.target.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
 
@@ -128,6 +160,9 @@ class Race:
 
 
 def _fit(pair: Pair, prompt: str, settings: Settings, system: str | None, truncate: bool, thinking: bool) -> list[int]:
+    require_text("prompt", prompt)
+    if system is not None:
+        require_text("system prompt", system)
     if not prompt.strip():
         raise PromptError("The prompt is empty; type something for the model to answer.")
     ids = encode_chat(pair.tokenizer, prompt, system, thinking)

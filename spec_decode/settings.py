@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from .errors import SettingsError
+from .errors import SettingsError, quoted
 
 Rule = Literal["greedy", "rejection", "coupled", "threshold"]
 RULES: tuple[str, ...] = get_args(Rule)
@@ -67,7 +67,7 @@ class Settings:
         if self.rule in (None, "", "auto"):
             self._set("rule", "greedy" if self.temperature == 0 else "coupled")
         if self.rule not in RULES:
-            raise SettingsError("rule", f"Unknown rule {self.rule!r}; choose one of {', '.join(RULES)}.")
+            raise SettingsError("rule", f"Unknown rule {quoted(self.rule)}; choose one of {', '.join(RULES)}.")
         if self.rule == "greedy" and self.temperature > 0:
             raise SettingsError("rule", "The greedy rule needs temperature 0; choose coupled or rejection to sample.")
 
@@ -111,7 +111,7 @@ def _number(field: str, value: object, low: float, high: float) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not low <= number <= high:
-        raise SettingsError(field, f"{_LABELS[field]} must be a number from {low:g} to {high:g}, not {value!r}.")
+        raise SettingsError(field, f"{_LABELS[field]} must be a number from {low:g} to {high:g}, not {quoted(value)}.")
     return number
 
 
@@ -124,6 +124,6 @@ def _integer(field: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or whole != number or not low <= whole <= high:
         extra = f" or one of {', '.join(POLICIES)}" if field == "draft_length" else ""
         raise SettingsError(
-            field, f"{_LABELS[field]} must be a whole number from {low} to {high}{extra}, not {value!r}."
+            field, f"{_LABELS[field]} must be a whole number from {low} to {high}{extra}, not {quoted(value)}."
         )
     return whole

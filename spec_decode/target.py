@@ -7,6 +7,8 @@ do. Knows nothing of drafts or of rules; a draft model is a Target too.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .cache import RollbackCache, layer_kinds
+from .clock import finish
+
+CHUNKS = (8, 32, 128, 512, 2048)  # tokens of a prompt that are read at a time: one of these
+AIM = 0.4  # seconds that a chunk may take where `FAR` positions stand before it
+FAR = 4096
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,11 @@ class Pass:
     hidden: Tensor | None
     cache: RollbackCache
 
+    @torch.inference_mode()
+    def copy(self) -> Pass:
+        """The same in buffers of its own. Stays on the device."""
+        return Pass(self.logits.clone(), None if self.hidden is None else self.hidden.clone(), self.cache.copy())
+
 
 class Target:
     """A causal language model behind two calls, `prefill` and `verify`.
@@ -34,6 +46,7 @@ class Target:
         vocabulary: width V of its logits.
         kinds: `full_attention` or `sliding_attention` for every layer.
         eos: ids that end a text, from the generation config.
+        chunk: tokens of a prompt that `read` gives to one pass; see `choose_chunk`.
 
     Raises:
         ValueError: the model has layers whose state cannot roll back (recurrent, chunked attention).
@@ -49,6 +62,7 @@ class Target:
         eos = model.generation_config.eos_token_id if model.generation_config else None
         eos = self.config.eos_token_id if eos is None else eos
         self.eos = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+        self.chunk = CHUNKS[-1]
 
     def new_cache(self, capacity: int) -> RollbackCache:
         """A cache for one sequence of up to `capacity` positions."""
@@ -57,6 +71,21 @@ class Target:
     def prefill(self, tokens: Tensor, cache: RollbackCache, hidden: bool = False) -> Pass:
         """Reads the prompt, int64 `[n]`, into an empty cache; the pass holds its last position alone (k = 1)."""
         return self._forward(tokens, cache, hidden, keep=1)
+
+    def read(self, tokens: Tensor, cache: RollbackCache, hidden: bool = False) -> Iterator[Pass]:
+        """`prefill`, `chunk` tokens at a time: yields a pass for each, k = 1, when the device is done with it, so that
+        a prompt can be left half read. The last one is what `prefill` gives, and alone has hidden states.
+
+        With kernels that treat every row alike (`cpu.Int8Llama`) it is the same to the bit however the prompt is cut.
+        Other models add up in another order when a pass has another width, so that the last bits, and now and then a
+        token, may differ between two sizes of `chunk`. A race has one size and reads its prompt once, so its lanes
+        never differ for that reason."""
+        count = tokens.shape[0]
+        for start in range(0, count, self.chunk):
+            last = start + self.chunk >= count
+            passed = self._forward(tokens[start : start + self.chunk], cache, hidden and last, keep=1)
+            finish(passed.logits.device)
+            yield passed
 
     def verify(self, tokens: Tensor, cache: RollbackCache, hidden: bool = False) -> Pass:
         """One pass over int64 `[k]` tokens after what the cache holds; row i gives the distribution after token i."""
@@ -76,3 +105,44 @@ class Target:
         )
         cache.advance(tokens.shape[0])
         return Pass(out.logits[0], out.hidden_states[-1][0, -keep:] if hidden else None, cache)
+
+
+def choose_chunk(target: Target) -> int:
+    """Chooses the size of the chunks in which `target` reads prompts, and returns it: the largest of `CHUNKS` that took
+    no longer than `AIM` behind `FAR` positions (or behind as many as the context has).
+
+    What attention takes grows with the positions before it, so behind twice as many a chunk takes up to twice as long.
+    Few sizes that lie far apart, so that one machine rarely chooses differently from load to load: for most models a
+    seed stands for one text only while the size stays the same (see `Target.read`).
+
+    No size is measured that the two before it let expect to take too long.
+    """
+    room = min(target.context, FAR)
+    cache = target.new_cache(room)
+    tokens = torch.arange(min(CHUNKS[-1], room), device=target.device) % target.vocabulary
+
+    def seconds(size: int) -> float:
+        cache.reset()
+        cache.advance(room - size)  # zeros are as good as any keys and values
+        begun = time.perf_counter()
+        finish(target.prefill(tokens[:size], cache).logits.device)
+        return time.perf_counter() - begun
+
+    seconds(1)  # buffers are made, kernels compiled
+    measured: list[tuple[int, float]] = []
+    for size in CHUNKS:
+        if size > room or (measured and _expected(measured, size) > AIM):
+            break
+        measured.append((size, seconds(size)))
+    cache.free()
+    target.chunk = max((size for size, took in measured if took <= AIM), default=CHUNKS[0])
+    return target.chunk
+
+
+def _expected(measured: list[tuple[int, float]], size: int) -> float:
+    """Seconds that `size` rows will take: on the line through the last two measurements, or as long as the only one."""
+    last, took = measured[-1]
+    if len(measured) == 1:
+        return took
+    before, less = measured[-2]
+    return took + (size - last) * max(took - less, 0.0) / (last - before)

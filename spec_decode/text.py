@@ -8,9 +8,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from .errors import UserError
+from .errors import PromptError, UserError, quoted
 
 _INCOMPLETE = "�"
+
+
+def require_text(what: str, value: object) -> str:
+    """`value`, if it is text. `what` names it: prompt, system prompt.
+
+    Raises:
+        PromptError: it is something else, or holds half of a surrogate pair, which no encoding has.
+    """
+    if not isinstance(value, str):
+        raise PromptError(f"The {what} must be text, not {quoted(value)}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"The {what} holds half of a surrogate pair (character {error.start + 1}), which is no text; remove it."
+        ) from None
+    return value
 
 
 def encode_chat(tokenizer: Any, prompt: str, system: str | None = None, thinking: bool = False) -> list[int]:

@@ -14,17 +14,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spec_decode import decode, models
+from spec_decode import cpu, decode, models
+from spec_decode import target as target_module
 from spec_decode.__main__ import main
 from spec_decode.bench import bench, read_prompts, summarize, table
 from spec_decode.cache import RollbackCache, bucket
+from spec_decode.decode import Prefill
+from spec_decode.draft_length import Fixed
 from spec_decode.drafters.lookup import LookupDrafter
-from spec_decode.drafters.model import check_same_vocabulary
+from spec_decode.drafters.model import ModelDrafter, check_same_vocabulary
+from spec_decode.drafters.mtp import MTPDrafter
 from spec_decode.errors import ModelError, OutOfMemory, PromptError, UserError
-from spec_decode.events import BASELINE, SPECULATIVE, Trace
+from spec_decode.events import BASELINE, SPECULATIVE, Reading, Trace
 from spec_decode.race import Race
 from spec_decode.settings import Settings
-from spec_decode.target import Target
+from spec_decode.target import CHUNKS, Target, choose_chunk
 from spec_decode.text import TextStream, encode_chat
 
 PROMPT = "one two three, one two three, one two"
@@ -89,7 +93,7 @@ def test_running_out_of_memory_ends_the_race_and_nothing_else(pair, monkeypatch,
     race = Race(pair, PROMPT, Settings(max_new_tokens=30))
     with pytest.raises(OutOfMemory, match="memory"):
         list(race)
-    assert len(race.rounds) == 5
+    assert len(race.rounds) == 6  # two that share the prefill, and four
     assert set(race.trace.finish.values()) == {"cancelled"}
     assert list(Race(pair, PROMPT, Settings(max_new_tokens=5)))  # the pair still works
 
@@ -110,6 +114,185 @@ def test_a_trace_replays_the_race(pair):
     again = Trace.from_json(race.trace.to_json())
     assert again == race.trace
     assert all(r.kl is not None and r.refused is not None for r in again.lane(SPECULATIVE)[1:])
+
+
+# The prompt
+
+KINDS = ["llama", "gemma3", "qwen2", "qwen3", "int8 llama", "int8 gemma3", *tiny.GEMMA4, "embedded"]
+LONG = [(7 * i * i + 3 * i) % tiny.VOCABULARY for i in range(75)]
+
+
+@pytest.fixture(scope="module")
+def embedded_target(embedded_dir) -> Target:
+    return Target(models.load_model(str(embedded_dir), torch.device("cpu"), "int8"))
+
+
+def make(kind: str, request: pytest.FixtureRequest) -> Target:
+    if kind == "embedded":
+        return request.getfixturevalue("embedded_target")
+    if kind in tiny.GEMMA4:
+        return Target(tiny.gemma4(kind)[0])
+    model = tiny.model(kind.removeprefix("int8 "))
+    return Target(cpu.quantize(model) if kind.startswith("int8") else model)
+
+
+def held(prefill: Prefill) -> list[torch.Tensor]:
+    """All that a lane begins with."""
+    layers = [layer for layer in prefill.cache.layers if layer.is_initialized]
+    return [prefill.passed.logits, prefill.passed.hidden, *(x for layer in layers for x in (layer.keys, layer.values))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lane_begins_with_the_bits_it_would_have_computed(kind, request, one_thread):
+    target = make(kind, request)
+    target.chunk = 32
+    shared, own = (Prefill(target, LONG, len(LONG) + 30, hidden=True) for _ in range(2))
+    assert [reading.read for reading in shared] == [32, 64] == [reading.read for reading in own]
+    twin = shared.copy()
+    assert twin.cache.length == own.cache.length == len(LONG) and twin.seconds == shared.seconds
+    for ours, theirs, alone in zip(held(shared), held(twin), held(own), strict=True):
+        assert torch.equal(ours, alone) and torch.equal(theirs, alone)
+        assert ours.data_ptr() != theirs.data_ptr()
+    before = [x.clone() for x in held(shared)]
+    target.verify(torch.tensor([3, 4, 5]), twin.cache)
+    assert all(torch.equal(a, b) for a, b in zip(before, held(shared), strict=True)), "lanes write to each other"
+    after = target.verify(torch.tensor([3, 4, 5]), shared.cache).logits
+    assert torch.equal(after, target.verify(torch.tensor([3, 4, 5]), own.cache).logits)
+
+
+@pytest.mark.parametrize("kind", ["int8 llama", "embedded"])
+def test_where_rows_do_not_mix_a_prompt_is_the_same_however_it_is_cut(kind, request, one_thread):
+    target = make(kind, request)
+    whole = target.new_cache(len(LONG))
+    expected = target.prefill(torch.tensor(LONG), whole, hidden=True)
+    for target.chunk in (8, 32, 74):
+        prefill = Prefill(target, LONG, len(LONG), hidden=True)
+        list(prefill)
+        assert torch.equal(prefill.passed.logits, expected.logits)
+        assert torch.equal(prefill.passed.hidden, expected.hidden)
+        for ours, theirs in zip(prefill.cache.layers, whole.layers, strict=True):
+            assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+@pytest.mark.parametrize("drafter", ["lookup", "model", "mtp"])
+def test_the_target_reads_a_prompt_once_for_both_lanes(drafter, monkeypatch, one_thread):
+    settings = Settings(max_new_tokens=20, draft_length=3)
+    model, assistant = tiny.gemma4("dense")
+    pair = tiny.PairOf(target := Target(model), LookupDrafter())
+    if drafter == "model":
+        pair.drafter = ModelDrafter(Target(tiny.model("llama", seed=3)), "other", tiny.VOCABULARY)
+    if drafter == "mtp":
+        pair.drafter = MTPDrafter(assistant, target)
+    race, widths = Race(pair, PROMPT, settings), []
+    forward = model.forward
+
+    def counting(*args, **kwargs):
+        widths.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counting)
+    list(race)
+    assert widths[0] == len(race.ids) and max(widths[1:]) <= 4
+    stream = [TextStream(pair.tokenizer, race.ids) for _ in range(2)]
+    alone = [
+        list(decode.baseline(target, race.ids, stream[0], settings)),
+        list(decode.speculative(target, pair.drafter, Fixed(3), race.ids, stream[1], settings)),
+    ]
+    for lane, rounds in zip((BASELINE, SPECULATIVE), alone, strict=True):
+        assert [r.tokens for r in race.trace.lane(lane)] == [r.tokens for r in rounds], lane
+
+
+def test_a_prefill_counts_for_each_lane_as_its_own_and_a_drafters_for_the_drafter(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    target, helper = Target(tiny.model("llama")), Target(tiny.model("llama", seed=3))
+    for model, seconds in ((target, 1.0), (helper, 0.25)):
+        model.chunk = 16
+
+        def read(*args, read=model.read, seconds=seconds):
+            for passed in read(*args):
+                now[0] += seconds
+                yield passed
+
+        monkeypatch.setattr(model, "read", read)
+    race = Race(tiny.PairOf(target, ModelDrafter(helper, "h", tiny.VOCABULARY)), PROMPT, Settings(max_new_tokens=2))
+    copy = Prefill.copy
+
+    def slow_copy(self):
+        now[0] += 50.0
+        return copy(self)
+
+    monkeypatch.setattr(Prefill, "copy", slow_copy)
+    assert len(race.ids) == 37  # three chunks
+    steps = []
+    for step in race.steps():
+        steps.append(step)
+        now[0] += 100.0  # what the reader of steps does is on no clock, nor is copying
+    assert [s for s in steps if isinstance(s, Reading)] == [Reading(16, 37), Reading(32, 37)] * 2
+    first = {lane: race.trace.lane(lane)[0] for lane in (BASELINE, SPECULATIVE)}
+    assert first[BASELINE].clock == first[BASELINE].seconds == 3.0
+    assert first[SPECULATIVE].clock == first[SPECULATIVE].seconds == 3.75
+    assert first[SPECULATIVE].draft_seconds == pytest.approx(0.75, abs=0.2)
+    assert first[BASELINE].draft_seconds == pytest.approx(0.0, abs=0.2)
+    assert all(r.verify_seconds == pytest.approx(3.0, abs=0.5) for r in first.values())
+    assert race.rounds == [s for s in steps if not isinstance(s, Reading)]
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2, 4])
+def test_stop_takes_effect_within_one_chunk_of_a_prompt(passes, monkeypatch):
+    target, helper = Target(tiny.model("llama")), Target(tiny.model("llama", seed=3))
+    target.chunk = helper.chunk = 16
+    done = []
+    for model in (target.model, helper.model):
+
+        def counting(*args, forward=model.forward, **kwargs):
+            done.append(1)
+            if len(done) == passes:
+                race.stop()
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(model, "forward", counting)
+    race = Race(tiny.PairOf(target, ModelDrafter(helper, "h", tiny.VOCABULARY)), PROMPT, Settings())
+    if not passes:
+        race.stop()
+    assert all(r.lane == BASELINE for r in race)  # which has its first token before the drafter begins to read
+    assert len(done) == passes
+    assert set(race.trace.finish.values()) == {"cancelled"}
+
+
+def test_why_a_race_was_stopped_stands_in_its_trace(pair):
+    race = Race(pair, PROMPT, Settings(max_new_tokens=30))
+    for _ in race:
+        race.stop("time")
+    race.stop()
+    assert race.trace.finish == {BASELINE: "time", SPECULATIVE: "time"}
+
+
+@pytest.mark.parametrize(
+    ("row", "once", "chosen", "measured"),
+    [
+        (0.009, 0.01, 32, [8, 32]),  # 128 would take a second, and need not be tried
+        (0.00001, 0.002, 512, [8, 32, 128, 512]),  # as far as the context goes
+        (0.0005, 0.3, 128, [8, 32, 128]),  # reading the weights takes longest
+        (0.2, 0.0, 8, [8]),  # nothing would be fast enough
+    ],
+)
+def test_the_size_of_a_chunk_is_measured(row, once, chosen, measured, monkeypatch):
+    now, seen = [0.0], []
+    target = Target(tiny.model("llama"))
+    prefill = target.prefill
+
+    def timed(tokens, cache):
+        seen.append(len(tokens))
+        assert cache.length + len(tokens) in (target.context, target.context - len(tokens) + 1)
+        now[0] += once + row * len(tokens)
+        return prefill(tokens, cache)
+
+    monkeypatch.setattr(target_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(target, "prefill", timed)
+    assert choose_chunk(target) == target.chunk == chosen
+    assert seen[0] == 1 and seen[1:] == measured
+    assert target.chunk in CHUNKS
 
 
 # Text
@@ -208,13 +391,12 @@ def test_any_directory_makes_a_pair(checkpoint):
     assert race.trace.identical
     assert all(r.accepted == r.drafted for r in race.trace.lane(SPECULATIVE))
     assert pair.costs is not None and pair.costs.verify_ratio[0] == 1
+    assert race.trace.machine["prefill_chunk"] == pair.target.chunk in CHUNKS
     pair.use_drafter("lookup")
     assert pair.info["drafter"] == "lookup"
 
 
 def test_int8_of_any_architecture_keeps_rows_apart():
-    from spec_decode import cpu
-
     for kind in ("gemma3", "qwen3", "llama"):
         target = Target(cpu.quantize(tiny.model(kind)))
         tokens = torch.arange(1, 60)

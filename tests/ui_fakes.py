@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from spec_decode.errors import ModelError, OutOfMemory, PromptError
-from spec_decode.events import BASELINE, SPECULATIVE, Costs, Round, Token, Trace
+from spec_decode.events import BASELINE, SPECULATIVE, Costs, Reading, Round, Token, Trace
 from spec_decode.settings import Settings
 
 WORDS = (
@@ -35,8 +35,12 @@ class FakePair:
         context: int = 512,
         memory: int | None = None,
         failing_drafter: str = "broken",
+        chunks: int = 0,
+        chunk_seconds: float = 0.2,
     ) -> None:
-        """`pace` scales simulated seconds to slept ones; `memory` is the round at which the memory runs out."""
+        """`pace` scales simulated seconds to slept ones; `memory` is the round at which the memory runs out. A prompt
+        takes `chunks` times `chunk_seconds` to read."""
+        self.chunks, self.chunk_seconds = chunks, chunk_seconds
         self.pace, self.texts, self.context, self.memory = pace, texts, context, memory
         self.failing_drafter = failing_drafter
         self.drafter = "fake-drafter"
@@ -70,8 +74,8 @@ class FakeRace:
         self.stopped = self.closed = False
         pair.races.append(self)
 
-    def stop(self) -> None:
-        self.stopped = True
+    def stop(self, why: str = "cancelled") -> None:
+        self.stopped, self.why = True, why
 
     def close(self) -> None:
         self.closed = True
@@ -89,12 +93,22 @@ class FakeRace:
             costs=self.pair.costs,
         )
 
+    def steps(self) -> Iterator[Round | Reading]:
+        """The prompt in `pair.chunks` chunks, then the rounds."""
+        for i in range(self.pair.chunks):
+            if self.stopped:
+                break
+            time.sleep(self.pair.chunk_seconds)
+            if i + 1 < self.pair.chunks:
+                yield Reading(i + 1, self.pair.chunks)
+        yield from self
+
     def __iter__(self) -> Iterator[Round]:
         lanes = {BASELINE: self._baseline(), SPECULATIVE: self._speculative()}
         clocks = dict.fromkeys(lanes, 0.0)
         while lanes:
             if self.stopped:
-                self.finish.update(dict.fromkeys(lanes, "cancelled"))
+                self.finish.update(dict.fromkeys(lanes, self.why))
                 return
             lane = min(lanes, key=lambda name: clocks[name])
             r = next(lanes[lane], None)

@@ -6,6 +6,7 @@ was emitted. Where `Draft.probabilities` holds q, the ids were drawn from it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..draft_length import GoOn
+from ..events import Reading
 from ..settings import Settings
 from ..target import Pass
 
@@ -51,8 +53,10 @@ class Drafter(Protocol):
     name: str
     needs_hidden: bool
 
-    def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
-        """A new sequence begins with `prompt`; it will not grow beyond `capacity` positions."""
+    def start(self, prompt: list[int], settings: Settings, capacity: int) -> Iterable[Reading] | None:
+        """A new sequence begins with `prompt`; it will not grow beyond `capacity` positions. A drafter with a cache of
+        its own returns the reading of the prompt, a chunk at a time. Where nobody iterates over that, it reads the
+        prompt when it is first asked for a draft."""
 
     def extend(self, tokens: list[int], target: Pass) -> None:
         """`tokens` were emitted by the pass `target`; the next draft continues after the last of them."""

@@ -8,9 +8,11 @@ a match is followed depends on how often it lately held, and how often it then w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 from ..draft_length import GoOn
+from ..events import Reading
 from ..settings import Settings
 from ..target import Pass
 from . import Draft, Drafter
@@ -33,13 +35,13 @@ class EitherDrafter:
         self.name = f"{other.name}+{lookup.name}"
         self.needs_hidden = other.needs_hidden
 
-    def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
+    def start(self, prompt: list[int], settings: Settings, capacity: int) -> Iterable[Reading] | None:
         self.lookup.start(prompt, settings, capacity)
-        self.other.start(prompt, settings, capacity)
         sources: list[str | int] = ["other", "going on", *self.lookup.sizes]
         self.right = {source: WEIGHT * AT_FIRST.get(source, LONG_MATCH) for source in sources}
         self.tried = dict.fromkeys(sources, WEIGHT)
         self.asked = False  # the other made the latest draft
+        return self.other.start(prompt, settings, capacity)
 
     def extend(self, tokens: list[int], target: Pass) -> None:
         size, continuation = self.lookup.match(len(tokens))

@@ -6,10 +6,13 @@ rolled back, and only tokens it has not read are fed, so none is computed twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from ..draft_length import GoOn
 from ..errors import ModelError
+from ..events import Reading
 from ..sampling import draw
 from ..settings import Settings
 from ..target import Pass, Target
@@ -28,10 +31,16 @@ class ModelDrafter:
         self.name = name
         self.vocabulary = vocabulary
 
-    def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
+    def start(self, prompt: list[int], settings: Settings, capacity: int) -> Iterator[Reading]:
         self.settings = settings
         self.tokens = list(prompt)
         self.cache = self.model.new_cache(capacity)
+        return self._read(torch.tensor(prompt, device=self.model.device))
+
+    def _read(self, prompt: torch.Tensor) -> Iterator[Reading]:
+        for _ in self.model.read(prompt, self.cache):
+            if self.cache.length < len(prompt):
+                yield Reading(self.cache.length, len(prompt))
 
     def extend(self, tokens: list[int], target: Pass) -> None:
         # Read so far: all of the old sequence and the draft but its last token. What was emitted agrees with the draft

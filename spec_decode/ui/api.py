@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 
 from ..errors import UserError
-from ..settings import Settings
+from ..settings import MAX_NEW_TOKENS, Settings
 from .engine import Engine
 from .feed import Feed
 from .run import Asked, run
@@ -24,6 +24,7 @@ Endpoint = Callable[..., Iterator[dict[str, Any]]]
 
 def race_endpoint(engine: Engine) -> Endpoint:
     """The function behind `/race`; its signature and docstring are the API's documentation."""
+    usual = min(Settings().max_new_tokens, engine.limits.new_tokens or MAX_NEW_TOKENS)
 
     def race(
         prompt: str,
@@ -31,7 +32,7 @@ def race_endpoint(engine: Engine) -> Endpoint:
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
-        max_new_tokens: int = 256,
+        max_new_tokens: int = usual,
         seed: int = 0,
         rule: str = "auto",
         lenience: float = 0.3,
@@ -49,7 +50,7 @@ def race_endpoint(engine: Engine) -> Endpoint:
             temperature: 0 is greedy decoding; up to 5.
             top_p: keep the most likely tokens up to this probability; 1 keeps all.
             top_k: keep this many most likely tokens; 0 keeps all.
-            max_new_tokens: each lane ends after so many.
+            max_new_tokens: each lane ends after so many; a server may have a limit.
             seed: of the noise that sampling uses.
             rule: "auto", "greedy", "rejection", "coupled", or "threshold", which is lossy.
             lenience: for the rule "threshold" only, above 0 and up to 1; 1 is exact.
@@ -60,7 +61,8 @@ def race_endpoint(engine: Engine) -> Endpoint:
 
         Returns:
             The trace of the finished race: pair, settings, machine, prompt, rounds with every token, and how each
-            lane ended. Updates before it hold only {"status": "running", "baseline": tokens, "speculative": tokens}.
+            lane ended ("time" where a limit of the server ended it). Updates before it hold only
+            {"status": "running", "baseline": tokens, "speculative": tokens}.
         """
         try:
             settings = Settings(

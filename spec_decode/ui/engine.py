@@ -18,8 +18,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-from ..errors import ModelError, UserError
-from ..events import Round, Trace
+from ..errors import ModelError, SettingsError, UserError, quoted
+from ..events import Reading, Round, Trace
 from ..settings import Settings
 
 T = TypeVar("T")
@@ -38,9 +38,9 @@ class Pair(Protocol):
 class Race(Protocol):
     """What the app needs of `race.Race`."""
 
-    def __iter__(self) -> Iterator[Round]: ...
+    def steps(self) -> Iterator[Round | Reading]: ...
 
-    def stop(self) -> None: ...
+    def stop(self, why: str = "cancelled") -> None: ...
 
     def close(self) -> None: ...
 
@@ -60,8 +60,24 @@ class Status:
     thinking: bool | None = None
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What one race may take of a device that is shared: new tokens a lane, and seconds. None sets no limit."""
+
+    new_tokens: int | None = None
+    seconds: float | None = None
+
+    def check(self, settings: Settings) -> None:
+        """Raises SettingsError where these settings ask for more."""
+        if self.new_tokens is not None and settings.max_new_tokens > self.new_tokens:
+            raise SettingsError(
+                "max_new_tokens",
+                f"This server writes at most {self.new_tokens:,} new tokens a lane, not {settings.max_new_tokens:,}.",
+            )
+
+
 class Engine:
-    """The device, its pair and its queue of one."""
+    """The device, its pair and its queue of one. What is loaded, and what fails, also goes to standard error."""
 
     def __init__(
         self,
@@ -70,6 +86,7 @@ class Engine:
         drafters: tuple[str, ...] = (),
         own: str | None = None,
         thinking: bool = False,
+        limits: Limits | None = None,
     ) -> None:
         """`load(progress)` returns the pair; `race(pair, prompt, settings, system, truncate)` a race over it, also
         given `thinking=True` where that was asked of a pair that can; `thinking` is how the switch stands at first.
@@ -79,6 +96,7 @@ class Engine:
         """
         self._load, self._race, self._extra, self._own = load, race, drafters, own
         self._thinking = thinking
+        self.limits = limits or Limits()
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         self._status = Status("loading", "Starting.")
         self._lock = threading.Lock()
@@ -114,12 +132,14 @@ class Engine:
         """A race ready to advance.
 
         Raises:
-            PromptError: empty or too long. ModelError: not loaded, or the drafter cannot be used.
+            PromptError: empty or too long. ModelError: not loaded, or the drafter cannot be used. SettingsError: more
+                than `limits` allow.
         """
+        self.limits.check(settings)
         if self._pair is None:
             raise ModelError(f"The model is not ready: {self._status.message}")
         if drafter and drafter not in self._status.drafters:
-            raise ModelError(f"Unknown drafter {drafter!r}; choose one of {', '.join(self._status.drafters)}.")
+            raise ModelError(f"Unknown drafter {quoted(drafter)}; choose one of {', '.join(self._status.drafters)}.")
 
         def prepare() -> Any:
             own = self._status.drafters[0]
@@ -141,7 +161,7 @@ class Engine:
         race.close()
 
     def stop(self, visitor: str) -> bool:
-        """Stop this visitor's race within one round; False when there is none."""
+        """Stop this visitor's race within one round, or one chunk of the prompt; False when there is none."""
         race = self._running.get(visitor)
         if race:
             race.stop()
@@ -150,6 +170,7 @@ class Engine:
     def _load_now(self) -> None:
         def progress(message: str) -> None:
             self._status = Status("loading", message)
+            _log(message)
 
         try:
             pair = self._load(progress)
@@ -164,6 +185,8 @@ class Engine:
             self._status = Status("failed", f"The model could not be loaded ({type(error).__name__}: {error}).")
         finally:
             self._loading = False
+        if self._status.phase == "failed":
+            _log(f"loading failed: {self._status.message}")
 
     def _submit(self, job: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
@@ -180,19 +203,25 @@ class Engine:
             del future, job  # else the last race would stay alive until the next job
 
 
+def _log(message: str) -> None:
+    print(f"Spec Decode: {message}", file=sys.stderr, flush=True)
+
+
 class OpenRace:
     """A race on the engine's thread, advanced slice by slice."""
 
     def __init__(self, race: Race, submit: Callable[[Callable[[], Any]], Future[Any]]) -> None:
         self._race: Race = race
         self._submit = submit
-        self._rounds = iter(race)
+        self._steps = race.steps()
+        self.reading: Reading | None = None  # how far a long prompt has been read, while no lane has a token
         self._error: Exception | None = None
         self.busy = 0.0  # seconds the engine's thread worked on this race
         self._closed = False
 
     def advance(self, seconds: float) -> tuple[list[Round], bool]:
-        """The rounds of the next `seconds` (at least one round), and True when the race has ended.
+        """The rounds of the next `seconds` (at least one round, or one chunk of a prompt that is still being read), and
+        True when the race has ended.
 
         Raises:
             OutOfMemory: the device ran out of memory.
@@ -212,21 +241,24 @@ class OpenRace:
     def _until(self, end: float, rounds: list[Round]) -> tuple[list[Round], bool]:
         while True:
             try:
-                r = next(self._rounds, None)
+                step = next(self._steps, None)
             except Exception as error:
                 if not rounds:
                     raise
                 self._error = error  # told next time: the rounds before it are worth showing
                 return rounds, False
-            if r is None:
+            if step is None:
                 return rounds, True
-            rounds.append(r)
+            if isinstance(step, Round):
+                rounds.append(step)
+            self.reading = None if isinstance(step, Round) else step
             if time.perf_counter() >= end:
                 return rounds, False
 
-    def stop(self) -> None:
-        """End the race within one round; callable from any thread."""
-        self._race.stop()
+    def stop(self, why: str = "cancelled") -> None:
+        """End the race within one round, or one chunk of the prompt; callable from any thread. `why` stands in the
+        trace."""
+        self._race.stop(why)
 
     @property
     def trace(self) -> Trace:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import SettingsError
 from ..settings import Settings
+from .engine import Limits
 
 # control → its line of help; the order is the order of the form's inputs
 HELP: dict[str, str] = {
@@ -46,10 +47,11 @@ def settings_from_form(values: dict[str, Any]) -> Settings:
     return Settings(draft_length=values["draft_length"] if policy == "fixed" else policy, **data)
 
 
-def problem(values: dict[str, Any]) -> SettingsError | None:
-    """What is wrong with these values, if anything."""
+def problem(values: dict[str, Any], limits: Limits | None = None) -> SettingsError | None:
+    """What is wrong with these values, if anything, on a server with these limits."""
     try:
-        settings_from_form(values)
+        settings = settings_from_form(values)
+        (limits or Limits()).check(settings)
     except SettingsError as error:
         return error
     return None

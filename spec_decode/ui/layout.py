@@ -16,6 +16,7 @@ from .components import asset, figures, token_view
 from .controls import settings_panel
 from .engine import Engine
 from .feed import Feeds
+from .server import Guard, Server
 from .theme import head, theme
 from .wiring import DEVICE, QUIET, Page, wire
 
@@ -33,7 +34,7 @@ def examples() -> list[dict[str, str]]:
 def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
     """The page over this engine; `max_queue` visitors may wait, the next is told to come back later."""
     feeds = Feeds()
-    with gr.Blocks(title="Spec Decode", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as blocks:
+    with Server(title="Spec Decode", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as blocks:
         _html(asset("header.html"), "sd-header")
         with gr.Row(elem_id="sd-page"):
             with gr.Column(elem_id="sd-rail", min_width=280, scale=0):
@@ -61,6 +62,8 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
                         chip.click(None, None, prompt, js=f"() => {json.dumps(example['prompt'])}", **QUIET)
                 with gr.Accordion("Settings", open=False, elem_id="sd-settings"):
                     controls, drafter, system, thinking = settings_panel()
+                    most = controls["max_new_tokens"]
+                    most.value = min(most.value, engine.limits.new_tokens or most.value)
             with gr.Column(elem_id="sd-main", min_width=320):
                 view = token_view(feeds)
                 figures()
@@ -95,6 +98,7 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
     blocks.queue(max_size=max_queue, api_open=False)
     # Gradio looks for new events a thousand times a second, in the process that decodes; fifty times is soon enough.
     blocks._queue.sleep_when_free = 0.02
+    blocks.guard = Guard(engine, blocks, DEVICE)
     return blocks
 
 

@@ -7,6 +7,7 @@ closed in `finally`.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import traceback
@@ -17,6 +18,7 @@ from typing import Any
 from ..errors import UserError
 from ..events import Trace
 from ..settings import Settings
+from ..text import require_text
 from .engine import Engine
 from .feed import Feed
 from .plots import Curves, Throttle, final
@@ -43,22 +45,29 @@ class Asked:
 
 @dataclass(frozen=True)
 class View:
-    """One update of the page: the batch for the token view, and the trace when finished."""
+    """One update of the page: the batch for the token view, and the trace when finished. `problem` is what it failed
+    of, `notice` why it was stopped."""
 
     batch: str
     trace: Trace | None = None
     problem: str | None = None
     counts: dict[str, int] = field(default_factory=dict)  # tokens so far by lane
+    notice: str | None = None
 
 
 def run(engine: Engine, asked: Asked, feed: Feed, draw: bool = True) -> Iterator[View]:
     """Race, and say what to show. A device out of memory ends in a `View` with a `problem`, what came before kept.
 
-    Without `draw` there are no figures, and updates are rare: nobody is watching.
+    Without `draw` there are no figures, and updates are rare: nobody is watching. A race that takes longer than
+    `engine.limits` allow is stopped and says so in a `notice`, what came before kept. While a long prompt is read,
+    updates without rounds come, each with "reading": [tokens read, of how many].
 
     Raises:
-        PromptError, ModelError: the race could not begin.
+        PromptError, ModelError, SettingsError: the race could not begin.
     """
+    require_text("prompt", asked.prompt)
+    if asked.system:
+        require_text("system prompt", asked.system)
     race = engine.open(
         asked.visitor, asked.prompt, asked.settings, asked.system, asked.drafter, asked.truncate, asked.thinking
     )
@@ -69,9 +78,13 @@ def run(engine: Engine, asked: Asked, feed: Feed, draw: bool = True) -> Iterator
         yield View(feed.batch("running", tally.to_dict(), about=about), counts=dict.fromkeys(tally.lanes, 0))
         done, problem = False, None
         seconds = SLICE if draw else UNWATCHED
+        limit = engine.limits.seconds
         while not done:
+            left = math.inf if limit is None else began + limit - time.perf_counter()
+            if left <= 0:
+                race.stop("time")
             try:
-                rounds, done = race.advance(seconds)
+                rounds, done = race.advance(min(seconds, max(left, 0.0)))
             except UserError as error:
                 rounds, done, problem = [], True, str(error)
             except Exception as error:  # the page must outlive whatever a library throws
@@ -83,14 +96,18 @@ def run(engine: Engine, asked: Asked, feed: Feed, draw: bool = True) -> Iterator
                 curves.add(r)
             feed.add(rounds)
             trace = race.trace if done else None
+            cut = trace is not None and "time" in trace.finish.values()
+            notice = f"Stopped after {limit:g} seconds, which is as long as a race may take here." if cut else None
             more: dict[str, Any] = {"about": about}
             if draw and (done or throttle.due()):
                 start = time.perf_counter()
                 more["figures"] = curves.live() | {"final": final(trace) if trace else None}
                 throttle.drawn(time.perf_counter() - start)
+            if race.reading:
+                more["reading"] = [race.reading.read, race.reading.total]
             stats = tally.to_dict(trace) | {"wall": time.perf_counter() - began}
             batch = feed.batch("failed" if problem else "done" if done else "running", stats, **more)
-            yield View(batch, trace, problem, {name: lane.tokens for name, lane in tally.lanes.items()})
+            yield View(batch, trace, problem, {name: lane.tokens for name, lane in tally.lanes.items()}, notice)
             if draw:
                 waited = time.perf_counter() - pause
                 seconds += 0.3 * (min(LONGEST, max(SLICE, PATIENCE * waited)) - seconds)

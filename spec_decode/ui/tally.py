@@ -88,6 +88,6 @@ class Tally:
         if trace is not None:
             for lane in LANES:
                 stats[lane]["finish"] = trace.finish.get(lane, "running")
-            cut = "cancelled" in trace.finish.values()
+            cut = not {"cancelled", "time"}.isdisjoint(trace.finish.values())
             stats["identical"] = not self.differ and (cut or len(base.ids) == len(fast.ids))
         return stats

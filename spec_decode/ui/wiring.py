@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -19,7 +19,8 @@ from typing import Any
 
 import gradio as gr
 
-from ..errors import ModelError, PromptError
+from ..errors import PromptError, UserError
+from ..text import require_text
 from .controls import help_updates
 from .engine import Engine, Status
 from .feed import Feeds, idle
@@ -56,8 +57,7 @@ class Page:
 
 def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     """Connect everything."""
-    traces = TraceFiles()
-    outcomes: dict[str, Outcome] = {}
+    traces, outcomes = TraceFiles(), Outcomes()
     form = list(page.controls.values())
     hidden, shown = gr.update(visible=False), gr.update(visible=True)
 
@@ -80,10 +80,12 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
 
     def check(truncate: bool, text: str | None, values: tuple[Any, ...]) -> dict[Any, Any]:
         named = dict(zip(CONTROLS, values, strict=True))
-        wrong = problem(named)
+        wrong = problem(named, engine.limits)
         out: dict[Any, Any] = dict(zip(form, help_updates(named, wrong), strict=True))
         if wrong:
             out[page.note] = note_html("See the settings: " + str(wrong))
+        elif unreadable := _unreadable(text or ""):
+            out[page.note] = note_html(unreadable)
         elif not (text or "").strip():
             out[page.note] = note_html("Write a prompt first, or take one of the examples.")
         else:
@@ -108,21 +110,24 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         *values: Any,
     ) -> Iterator[str]:
         visitor = str(request.session_hash)
-        settings = settings_from_form(dict(zip(CONTROLS, values, strict=True)))
-        wanted = Asked(visitor, text or "", settings, system, drafter, ticket["truncate"], thinking)
-        outcomes[visitor] = Outcome()
+        if not isinstance(ticket, dict) or "id" not in ticket:  # no page sends this: `check` gives the ticket out
+            raise gr.Error("There is no race to run; press Run first.", print_exception=False)
+        outcomes.put(visitor, Outcome())
         try:
+            settings = settings_from_form(dict(zip(CONTROLS, values, strict=True)))
+            wanted = Asked(visitor, text, settings, system, drafter, bool(ticket.get("truncate")), bool(thinking))
             for view in run(engine, wanted, feeds.open()):
                 if view.trace:
-                    outcomes[visitor] = Outcome(view.problem, trace=traces.write(view.trace.to_json()))
+                    trace = traces.write(view.trace.to_json())
+                    outcomes.put(visitor, Outcome(view.problem or view.notice, trace=trace))
                 yield view.batch
         except PromptError as error:
-            outcomes[visitor] = Outcome(str(error), truncate=error.limit > 0)
-        except ModelError as error:
-            outcomes[visitor] = Outcome(str(error))
+            outcomes.put(visitor, Outcome(str(error), truncate=error.limit > 0))
+        except UserError as error:
+            outcomes.put(visitor, Outcome(str(error)))
 
     def rest(request: gr.Request) -> dict[Any, Any]:
-        now, outcome = engine.status(), outcomes.pop(str(request.session_hash), Outcome())
+        now, outcome = engine.status(), outcomes.take(str(request.session_hash))
         return {
             page.leave: hidden,
             page.stop: hidden,
@@ -199,6 +204,15 @@ def status_html(now: Status, busy: bool = False) -> str:
     return f'<p role="status" data-state="{state}"><i></i><span>{line}</span></p>'
 
 
+def _unreadable(text: object) -> str | None:
+    """What is wrong with a prompt that is no text."""
+    try:
+        require_text("prompt", text)
+    except PromptError as error:
+        return str(error)
+    return None
+
+
 def note_html(message: str) -> Any:
     """A message under the prompt."""
     return gr.update(value=f'<p role="alert">{escape(message)}</p>', visible=True)
@@ -211,6 +225,27 @@ class Outcome:
     problem: str | None = None
     truncate: bool = False
     trace: str | None = None
+
+
+class Outcomes:
+    """Outcomes of races by visitor, until the page asks. Only the last few are kept, for a program never asks."""
+
+    def __init__(self, keep: int = 64) -> None:
+        self._outcomes: OrderedDict[str, Outcome] = OrderedDict()
+        self._keep = keep
+
+    def __len__(self) -> int:
+        return len(self._outcomes)
+
+    def put(self, visitor: str, outcome: Outcome) -> None:
+        self._outcomes[visitor] = outcome
+        self._outcomes.move_to_end(visitor)
+        while len(self._outcomes) > self._keep:
+            self._outcomes.popitem(last=False)
+
+    def take(self, visitor: str) -> Outcome:
+        """What is known, once; an empty outcome when nothing is."""
+        return self._outcomes.pop(visitor, Outcome())
 
 
 class TraceFiles:
