@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .cache import RollbackCache, layer_kinds
+from .cache import ARGUMENT, RollbackCache, layer_kinds
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class Target:
         out = self.model(
             input_ids=tokens[None],
             position_ids=position,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
             output_hidden_states=hidden,
+            **{ARGUMENT: cache},
         )
         cache.advance(tokens.shape[0])
         return Pass(out.logits[0], out.hidden_states[-1][0, -keep:] if hidden else None, cache)
