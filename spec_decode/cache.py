@@ -10,13 +10,16 @@ which is what a CUDA graph needs, and makes a position's attention the same sum 
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import LlamaForCausalLM, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 BUCKET = 512
+# What a model's forward calls its cache: transformers 5.24 renamed it, in every model at once.
+ARGUMENT = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def bucket(length: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from . import catalog, cpu
+from . import catalog, cpu, memory, quantized
 from .drafters.mtp import MODEL_TYPES
 from .errors import ModelError, is_out_of_memory
 
@@ -130,7 +131,7 @@ def _from_pretrained(path: str, device: torch.device, dtype: str, how: How) -> P
     if how.attention:
         options["attn_implementation"] = how.attention
     if how.precision:
-        options["quantization_config"] = _bitsandbytes(how.precision, DTYPES[dtype], device)
+        options["quantization_config"] = _bitsandbytes(how.precision, DTYPES[dtype], device, config, path)
     if how.spread:
         options["device_map"] = "auto"
     elif how.precision or device.type == "cuda":
@@ -152,7 +153,9 @@ def _from_pretrained(path: str, device: torch.device, dtype: str, how: How) -> P
     return model if "device_map" in options else model.to(device)
 
 
-def _bitsandbytes(precision: str, dtype: torch.dtype, device: torch.device) -> BitsAndBytesConfig:
+def _bitsandbytes(
+    precision: str, dtype: torch.dtype, device: torch.device, config: Any, path: str
+) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError("Quantizing takes bitsandbytes, which is not installed; run `pip install bitsandbytes`.")
     if device.type == "mps":
@@ -160,8 +163,20 @@ def _bitsandbytes(precision: str, dtype: torch.dtype, device: torch.device) -> B
     if precision == "int8":
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of a cast to float16 in every layer
         return BitsAndBytesConfig(load_in_8bit=True)
+    empty = memory.empty(config)
+    left, every = quantized.left_out(empty, precision, device), quantized.linears(empty)
+    if left and len(left) == len(every):
+        raise ModelError(
+            f"bitsandbytes can hold none of the linear layers of {path} in {precision} on this processor "
+            f"({quantized.TAKES}); leave --quantize out, or choose int8."
+        )
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        # A list stands in for the patterns that transformers skips of itself.
+        llm_int8_skip_modules=[*quantized.kept(empty), *(f"{re.escape(name)}$" for name in left)] if left else None,
     )
 
 

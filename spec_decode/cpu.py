@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from . import kernels
-from .cache import RollbackCache, bucket
+from .cache import ARGUMENT, RollbackCache, bucket
 from .kernels import sharing
 
 ROWWISE = "rowwise_sdpa"
@@ -60,15 +60,14 @@ def _forward(
     decoder: Int8Llama,
     head: Int8Linear,
     input_ids: Tensor,
-    past_key_values: RollbackCache | None = None,
     logits_to_keep: int = 0,
     output_hidden_states: bool = False,
     **kwargs: Any,
 ) -> CausalLMOutputWithPast:
     """As the model's own forward, without what that does beside the work."""
-    hidden, logits, cache = decoder.run(input_ids, past_key_values, head, logits_to_keep or input_ids.shape[1])
+    hidden, logits, cache = decoder.run(input_ids, kwargs.get(ARGUMENT), head, logits_to_keep or input_ids.shape[1])
     states = (hidden,) if output_hidden_states else None
-    return CausalLMOutputWithPast(logits=logits, past_key_values=cache, hidden_states=states)
+    return CausalLMOutputWithPast(logits=logits, hidden_states=states, **{ARGUMENT: cache})
 
 
 def quantize_linears(model: nn.Module) -> None:
@@ -129,11 +128,9 @@ class Int8Llama(nn.Module):
         self.nothing = (np.empty((0, len(self.norm)), np.int8), np.empty(0, np.float32))
         self.turns = kernels.rope_table(self.rotary[0], 0)  # cos and sin of the first positions
 
-    def forward(
-        self, input_ids: Tensor, past_key_values: RollbackCache | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPast:
-        hidden, _, cache = self.run(input_ids, past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> BaseModelOutputWithPast:
+        hidden, _, cache = self.run(input_ids, kwargs.get(ARGUMENT))
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{ARGUMENT: cache})
 
     def run(
         self, input_ids: Tensor, cache: RollbackCache | None, head: Int8Linear | None = None, keep: int = 0

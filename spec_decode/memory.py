@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from . import quantized
 from .cache import bucket
 from .catalog import GEMMA4, PRECISIONS, Entry
 from .errors import ModelError
@@ -59,7 +59,7 @@ class Part:
 
     @property
     def need(self) -> Need:
-        kept = weights(self.model, self.dtype, self.precision)
+        kept = weights(self.model, self.dtype, self.precision, self.device)
         if not self.caches:
             return Need(kept)
         cache = LANES * bucket(ROOM) * cache_per_token(self.model, self.dtype)
@@ -72,24 +72,15 @@ def empty(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
-def weights(model: PreTrainedModel, dtype: torch.dtype, precision: str | None = None) -> int:
-    """Bytes of the weights. As transformers and bitsandbytes have it, embeddings, the head and the experts of a mixture
-    keep `dtype`: only what is an `nn.Linear` shrinks."""
+def weights(
+    model: PreTrainedModel, dtype: torch.dtype, precision: str | None = None, device: torch.device | None = None
+) -> int:
+    """Bytes of the weights on `device`, None for any but a CPU. As transformers and bitsandbytes have it, embeddings,
+    the head, the experts of a mixture and what `quantized.left_out` names keep `dtype`."""
     total = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
     if precision is None:
         return total
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if type(module) is nn.Linear and module is not head:
-            total += _quantized(module.weight, precision) - module.weight.numel() * dtype.itemsize
-    return total
-
-
-def _quantized(weight: torch.Tensor, precision: str) -> int:
-    if precision == "int8":
-        return weight.numel() + 4 * weight.shape[0]  # a float32 scale for every row
-    blocks = -(-weight.numel() // 64)
-    return -(-weight.numel() // 2) + blocks + 4 * -(-blocks // 256)  # scales of blocks are quantized themselves
+    return total - quantized.saved(model, dtype, precision, device or torch.device("meta"))
 
 
 def cache_per_token(model: PreTrainedModel, dtype: torch.dtype) -> int:

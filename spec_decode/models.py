@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 
-from . import catalog, cpu, embedded, memory, sampling
+from . import catalog, cpu, embedded, memory, quantized, sampling
 from .catalog import EMBEDDED
 from .checkpoints import (
     DTYPES,
@@ -104,9 +104,29 @@ class Pair:
             "dtype": str(self.plan),
         }
 
+    def left_out(self) -> list[str]:
+        """A sentence for each of the two models in which bitsandbytes could not quantize every linear layer."""
+        held: list[tuple[str, Any, How, torch.device]] = [
+            ("target", self.target.model, self.plan.target, self.plan.device)
+        ]
+        drafter = self._drafter_proper
+        if isinstance(drafter, (MTPDrafter, ModelDrafter)):
+            model = drafter.model.model if isinstance(drafter, ModelDrafter) else drafter.model
+            held.append(("drafter", model, self.plan.drafter, self.plan.drafter_device))
+        lines = []
+        for who, model, how, device in held:
+            if how.precision and (names := quantized.left_out(model, how.precision, device)):
+                lines.append(quantized.sentence(names, how.precision, who, DTYPES[self.plan.dtype]))
+        return lines
+
+    @property
+    def _drafter_proper(self) -> Drafter:
+        """Without the lookup beside it."""
+        return self.drafter.other if isinstance(self.drafter, EitherDrafter) else self.drafter
+
     @property
     def draft_length(self) -> int | None:
-        drafter = self.drafter.other if isinstance(self.drafter, EitherDrafter) else self.drafter
+        drafter = self._drafter_proper
         if not isinstance(drafter, MTPDrafter):
             return None
         return getattr(drafter.model.generation_config, "num_assistant_tokens", None)
@@ -198,6 +218,8 @@ def load_pair(
         say("Loading the drafter …")
         helper = _load_drafter(source, beside, lead, tokenizer, plan)
         pair = Pair(lead, tokenizer, helper, target, plan)
+        for line in pair.left_out():
+            say(line)
         if pair.draft_length:
             say(f"The drafter comes with a draft length of {pair.draft_length}")
         once = " (the first start compiles for this processor, half a minute at most)" if plan.dtype == "int8" else ""

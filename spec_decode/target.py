@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .cache import RollbackCache, layer_kinds
+from .cache import ARGUMENT, RollbackCache, layer_kinds
 from .clock import finish
 
 CHUNKS = (8, 32, 128, 512, 2048)  # tokens of a prompt that are read at a time: one of these
@@ -98,10 +98,10 @@ class Target:
         out = self.model(
             input_ids=tokens[None],
             position_ids=position,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
             output_hidden_states=hidden,
+            **{ARGUMENT: cache},
         )
         cache.advance(tokens.shape[0])
         return Pass(out.logits[0], out.hidden_states[-1][0, -keep:] if hidden else None, cache)

@@ -19,6 +19,17 @@ def embedded_dir() -> Path:
     return embedded.prepare(print)
 
 
+@pytest.fixture(params=[False, True], ids=["unpacked", "packed"])
+def packed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether bitsandbytes packs 4-bit weights, as on processors with AVX512-BF16 and on all others: both are tested,
+    whatever this one has."""
+    import bitsandbytes
+
+    for module in (bitsandbytes.functional, bitsandbytes.nn.modules):
+        monkeypatch.setattr(module, "has_avx512bf16", lambda: request.param)
+    return bool(request.param)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For models so small that handing work out loses more than it wins."""

@@ -21,7 +21,7 @@ from spec_decode import catalog
 CPU = torch.device("cpu")
 
 
-def test_a_race_is_told_and_a_failure_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_race_is_told_and_a_failure_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], packed: bool) -> None:
     gpu_check.write(tmp_path, tiny.gemma4("shared", ordered=True, hidden_size=64))
     assert gpu_check.race("tiny", tmp_path, CPU, "target=nf4,drafter=int8", "bfloat16", 80)
     assert gpu_check.race("tiny", tmp_path, CPU, None, "float32", 80)

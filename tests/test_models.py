@@ -87,6 +87,16 @@ def pair_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
+@pytest.fixture(scope="module")
+def wide_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair whose target has layers that bitsandbytes can pack and layers that it cannot."""
+    home = tmp_path_factory.mktemp("wide")
+    for name, model in zip(("target", "assistant"), tiny.gemma4("shared", hidden_size=64), strict=True):
+        model.save_pretrained(home / name)
+    tokenizer().save_pretrained(home / "target")
+    return home
+
+
 def load(home: Path, **options: Any) -> models.Pair:
     return models.load_pair(str(home / "target"), str(home / "assistant"), **{"device": "cpu", **options})
 
@@ -204,9 +214,11 @@ def test_mtp_is_refused_where_there_is_none(pair_dir: Path) -> None:
         ("target=nf4,drafter=int8", "Linear4bit", "Linear8bitLt", "float32 (target nf4, drafter int8)"),
     ],
 )
-def test_bitsandbytes(pair_dir: Path, quantize: str, target_class: str, drafter_class: str, dtype: str) -> None:
+def test_bitsandbytes(
+    wide_dir: Path, quantize: str, target_class: str, drafter_class: str, dtype: str, packed: bool
+) -> None:
     lines: list[str] = []
-    pair = load(pair_dir, quantize=quantize, progress=lines.append)
+    pair = load(wide_dir, quantize=quantize, progress=lines.append)
     layer: Any = pair.target.model.model.layers[0]  # type: ignore[union-attr, index]
     assert type(layer.mlp.up_proj).__name__ == target_class
     assert type(pair.drafter.model.pre_projection).__name__ == drafter_class  # type: ignore[attr-defined]
@@ -215,6 +227,24 @@ def test_bitsandbytes(pair_dir: Path, quantize: str, target_class: str, drafter_
     race = Race(pair, PROMPT, Settings(max_new_tokens=8))
     list(race)
     assert len(race.trace.token_ids(SPECULATIVE)) in range(1, 9)
+    narrow = packed and target_class == "Linear4bit"  # 16 outputs of k_proj: no multiple of 32
+    assert type(layer.self_attn.k_proj).__name__ == ("Linear" if narrow else target_class)
+    told = [line for line in lines if "cannot hold" in line]
+    assert len(told) == narrow
+    if narrow:
+        left = [name for name, module in pair.target.model.named_modules() if type(module) is torch.nn.Linear]
+        left.remove("lm_head")
+        assert f" {len(left)} linear layers of the target in nf4" in told[0] and "stay in float32" in told[0]
+        assert "model.layers.*.self_attn.k_proj (* = 0, 2)" in told[0]
+
+
+def test_a_model_none_of_whose_layers_can_be_packed_is_refused(wide_dir: Path, packed: bool) -> None:
+    how = {"quantize": "target=nf4,drafter=nf4"}
+    if packed:
+        with pytest.raises(ModelError, match=r"none of the linear layers of .*assistant in nf4 on this processor"):
+            load(wide_dir, **how)
+    else:
+        assert load(wide_dir, **how).left_out() == []
 
 
 def test_dtype_attention_and_placement_reach_the_models(pair_dir: Path) -> None:
@@ -473,7 +503,8 @@ def elsewhere(home: Path, cases: list[dict[str, Any]], **environment: str) -> li
     env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE"))}
     env |= {"HF_HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
     run = [sys.executable, "-c", SCRIPT, json.dumps(cases)]
-    out = subprocess.run(run, env=env | environment, capture_output=True, text=True, check=True, cwd=ROOT)
+    out = subprocess.run(run, env=env | environment, capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0, out.stderr
     return [json.loads(line) for line in out.stdout.splitlines()]
 
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from transformers import Gemma4AssistantForCausalLM
 
 from spec_decode import decode
+from spec_decode.cache import ARGUMENT
 from spec_decode.draft_length import Fixed
 from spec_decode.drafters.mtp import MTPDrafter
 from spec_decode.errors import UserError
@@ -81,8 +82,8 @@ def test_texts_are_what_the_target_says(texts_folder: Path) -> None:
         near = {"rtol": 2e-3, "atol": 5e-3}  # kept in float16
         torch.testing.assert_close(batch.hidden, out.hidden_states[-1], **near)
         for layer in LAYERS:
-            torch.testing.assert_close(batch.kv[layer][0], out.past_key_values.layers[layer].keys, **near)
-            torch.testing.assert_close(batch.kv[layer][1], out.past_key_values.layers[layer].values, **near)
+            torch.testing.assert_close(batch.kv[layer][0], out[ARGUMENT].layers[layer].keys, **near)
+            torch.testing.assert_close(batch.kv[layer][1], out[ARGUMENT].layers[layer].values, **near)
         torch.testing.assert_close(batch.top_logs[0], logs.gather(-1, batch.top_ids[0]), rtol=2e-3, atol=1e-2)
 
 

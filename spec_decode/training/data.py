@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from .. import cpu
-from ..cache import RollbackCache, layer_kinds
+from ..cache import ARGUMENT, RollbackCache, layer_kinds
 from .prompts import HeldOut, Opening, Turns, fingerprint
 
 Say = Callable[[str], None]
@@ -344,8 +344,8 @@ class _Slots:
             input_ids=torch.tensor(tokens, device=self.device)[:, None],
             position_ids=place[:, None],
             attention_mask=self._masks(back),
-            past_key_values=self.cache,
             use_cache=True,
+            **{ARGUMENT: self.cache},
         )
         hidden = out.last_hidden_state[:, 0]
         logits = self.model.lm_head(hidden).float()

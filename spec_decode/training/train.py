@@ -104,6 +104,7 @@ def rounds(
             position_ids=places,
             shared_kv_states=kv,
             use_cache=False,
+            logits_to_keep=everywhere,  # the default makes transformers 5.24 slice per-layer inputs, None here
         ).last_hidden_state
         hidden = assistant.post_projection(x)
         going = yield x, hidden, places, real
