@@ -288,7 +288,10 @@ listen("pointerover", (event) => {
   else if (!byKeys) hideTip();
 });
 let pressed = null;
-listen("pointerdown", (event) => { pressed = event.isPrimary ? [event.clientX, event.clientY] : null; });
+listen("pointerdown", (event) => {
+  pressed = event.isPrimary ? [event.clientX, event.clientY] : null;
+  taken = event.pointerType === "mouse" && Boolean(event.target.closest('[role="option"]')); // see the drop-downs below
+});
 listen("pointerup", (event) => { // a scroll by touch ends in pointercancel instead
   if (!pressed || event.button || Math.hypot(event.clientX - pressed[0], event.clientY - pressed[1]) > 8) return;
   if (tip.contains(event.target) && !anchorOf(event.target)) return;
@@ -367,16 +370,23 @@ const press = (...ids) => {
 listen("keydown", (event) => {
   const list = event.target.closest && event.target.closest('[role="combobox"][aria-expanded="true"]');
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); press("sd-run"); }
+  taken = event.key === "Enter" && Boolean(list);
   if (event.key !== "Escape" || list) return;
   const opened = marked && (pinned || byKeys); // is closed before a race is stopped
   hideTip();
   if (!opened) press("sd-stop", "sd-leave");
 });
-// Gradio leaves the list of a drop-down open when the focus goes on by Tab.
+// Gradio leaves the list of a drop-down open when the focus goes on by Tab, and drops the focus when an option is taken.
+let taken = false;
+const fold = (box) => { if (box.getAttribute("aria-expanded") === "true") box.dispatchEvent(new FocusEvent("blur")); };
 listen("focusout", (event) => {
   const box = event.target;
   if (box.matches('[role="combobox"]')) setTimeout(() => {
-    if (box !== document.activeElement && box.getAttribute("aria-expanded") === "true") box.dispatchEvent(new FocusEvent("blur"));
+    if (taken && document.activeElement === document.body) {
+      box.focus({ preventScroll: true });
+      setTimeout(fold, 50, box); // the focus opened it
+    } else if (box !== document.activeElement) fold(box);
+    taken = false;
   }, 50);
 });
 
