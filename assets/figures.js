@@ -22,6 +22,7 @@ function plotly() {
 // Colours as the browser resolves them: in forced colours they are the system's.
 function look() {
   const probe = document.createElement("i");
+  probe.style.forcedColorAdjust = "none";
   root.append(probe);
   const colour = (name) => {
     probe.style.color = "var(--sd-" + name + ")";

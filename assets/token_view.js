@@ -227,8 +227,7 @@ function showTip(anchor, keys) {
     tip.append(make("dl", "", ...facts.map(([name, text]) =>
       make("div", "", make("dt", "", ...explained(name)), make("dd", "", text)))));
   } else {
-    const name = anchor.dataset.term || anchor.textContent;
-    tip.append(make("p", "sd-tip-head", name), make("p", "sd-tip-text", props.terms[name]));
+    tip.append(make("p", "sd-tip-head", anchor.textContent), make("p", "sd-tip-text", props.terms[anchor.textContent]));
   }
   tip.hidden = false;
   place();
@@ -274,7 +273,7 @@ function hideTip() {
 }
 const anchorOf = (node) => {
   const found = node.closest ? node.closest(".sd-term, .sd-text .t") : null;
-  return found && (found.about || props.terms[found.dataset.term || found.textContent]) ? found : null;
+  return found && (found.about || props.terms[found.textContent]) ? found : null;
 };
 // Listeners on the document leave with this component.
 const listen = (name, act) => {
@@ -313,7 +312,7 @@ function toggle(anchor) {
 listen("focusin", (event) => {
   const anchor = anchorOf(event.target);
   if (!anchor || anchor.about) return;
-  anchor.setAttribute("aria-description", props.terms[anchor.dataset.term || anchor.textContent]);
+  anchor.setAttribute("aria-description", props.terms[anchor.textContent]);
   if (!pinned && anchor.matches(":focus-visible")) showTip(anchor, true);
 });
 listen("focusout", (event) => { if (event.target === marked && !pinned) hideTip(); });

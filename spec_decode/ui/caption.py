@@ -9,7 +9,7 @@ from typing import Any
 
 from ..settings import Settings
 
-SHOWN = 600  # characters of the prompt; it goes along with every batch, and the trace has the whole
+SHOWN = 300  # characters of the prompt; it goes along with every batch, and the trace has the whole
 
 
 def caption(

@@ -1,7 +1,7 @@
 """The terms a visitor may not know, one sentence each, and the marks by which they explain themselves on the page.
 
-In HTML of ours a term is a button (`marked` makes them, assets/*.html write them out) that shows its sentence when it is
-hovered, tapped or pressed; assets/token_view.js looks the sentence up here, by the button's text or its `data-term`.
+In HTML of ours a term is a button (`marked` makes them, assets/*.html write them out) that shows its sentence when it
+is hovered, tapped or pressed; assets/token_view.js looks the sentence up here, by the button's text.
 Gradio's help lines hold plain text only, so those of the settings say the sentence itself (`form.drafter_help`,
 `form.RULE_HELP`).
 """
@@ -14,8 +14,8 @@ from html import escape
 TERMS: dict[str, str] = {
     "mtp": "Multi-token prediction: a small network guesses the next tokens from the target’s hidden states.",
     "lookup": "Prompt lookup: what followed the same few tokens earlier in the text is guessed to follow again.",
-    "coupled": "Draft and target tokens are drawn with the same noise, and a guess is accepted when it is the token the "
-    "target draws: exact, and the same text in both lanes.",
+    "coupled": "Draft and target tokens are drawn with the same noise, and a guess is accepted when it is the token "
+    "the target draws: exact, and the same text in both lanes.",
     "KL": "Kullback–Leibler divergence: how far the distribution that tokens are drawn from is from the target’s own, "
     "in nats; 0 is exact.",
     "int8": "Weights are held as 8-bit integers with a scale, half the memory of 16-bit numbers; both lanes run the "

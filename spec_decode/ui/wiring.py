@@ -90,7 +90,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         status = gr.skip() if 'data-state="busy"' in shown else status_html(engine.status(), drafter=drafter)
         return {page.status: status, page.drafter: gr.update(info=drafter_help(drafter))}
 
-    def check(truncate: bool, text: str | None, drafter: str, values: tuple[Any, ...]) -> dict[Any, Any]:
+    def check(truncate: bool, text: str | None, drafter: str, *values: Any) -> dict[Any, Any]:
         named = dict(zip(CONTROLS, values, strict=True))
         wrong = problem(named)
         out: dict[Any, Any] = dict(zip(form, help_updates(named, wrong), strict=True))
@@ -163,17 +163,15 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     page.timer.tick(poll, None, watched, **AT_ONCE)
     page.retry.click(again, None, [page.timer, page.retry, page.status], **AT_ONCE)
 
-    page.drafter.input(
-        chosen, [page.drafter, page.status], [page.status, page.drafter], preprocess=False, **AT_ONCE
-    )
+    page.drafter.input(chosen, [page.drafter, page.status], [page.status, page.drafter], preprocess=False, **AT_ONCE)
     asked = [page.prompt, page.drafter, *form]
     checked = [page.ticket, page.note, page.truncate, page.go, page.leave, page.stop, page.status, *form]
     # a changed gr.State wakes its listeners only when the event went through the queue; this one never waits there
     page.go.click(
-        lambda text, who, *v: check(False, text, who, v), asked, checked, preprocess=False, concurrency_limit=None, **QUIET
+        lambda *asked: check(False, *asked), asked, checked, preprocess=False, concurrency_limit=None, **QUIET
     )
     page.truncate.click(
-        lambda text, who, *v: check(True, text, who, v), asked, checked, preprocess=False, concurrency_limit=None, **QUIET
+        lambda *asked: check(True, *asked), asked, checked, preprocess=False, concurrency_limit=None, **QUIET
     )
     resting = [page.leave, page.stop, page.go, page.status, page.note, page.truncate, page.download]
     # One output, taken as it is: Gradio builds a component anew for every update of a property, several times a
