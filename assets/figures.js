@@ -10,21 +10,28 @@ function plotly() {
   if (window.Plotly) return Promise.resolve(window.Plotly);
   loading = loading || new Promise((resolve, reject) => {
     const script = document.createElement("script");
+    const fail = () => { loading = null; script.remove(); reject(new Error("plotly")); };
     script.src = props.plotly;
-    script.onload = () => resolve(window.Plotly);
-    script.onerror = () => { loading = null; script.remove(); reject(new Error("plotly")); };
+    script.onload = () => (window.Plotly ? resolve(window.Plotly) : fail());
+    script.onerror = fail;
     document.head.append(script);
   });
   return loading;
 }
 
+// Colours as the browser resolves them: in forced colours they are the system's.
 function look() {
-  const style = getComputedStyle(root);
-  const colour = (name) => style.getPropertyValue("--sd-" + name).trim();
-  return {
-    ink: colour("ink"), muted: colour("muted"), line: colour("line"), accent: colour("accent"),
-    base: colour("base"), bonus: colour("bonus"), font: style.fontFamily,
+  const probe = document.createElement("i");
+  probe.style.forcedColorAdjust = "none";
+  root.append(probe);
+  const colour = (name) => {
+    probe.style.color = "var(--sd-" + name + ")";
+    return getComputedStyle(probe).color;
   };
+  const c = { font: getComputedStyle(root).fontFamily };
+  for (const name of ["ink", "muted", "line", "accent", "base", "bonus"]) c[name] = colour(name);
+  probe.remove();
+  return c;
 }
 
 function layout(c, x, y) {
@@ -130,5 +137,25 @@ function receive(event) {
 }
 
 new MutationObserver(schedule).observe(document.body, { attributes: true, attributeFilter: ["class"] });
+matchMedia("(forced-colors: active)").addEventListener("change", schedule);
 document.addEventListener("sd-figures", receive);
-setTimeout(() => plotly().catch(() => {}), 1500);
+
+// Reading the script and drawing for the first time take the better part of a second. Both are done while the page is
+// idle and nothing races; a race that comes first loads it with its first figures, a second after its start.
+const idle = (act) => (window.requestIdleCallback || ((f) => setTimeout(f, 200)))(() => {
+  if (!root.isConnected || data) return;
+  if (document.body.dataset.sdPhase === "running") setTimeout(idle, 1000, act);
+  else act();
+});
+const rehearse = () => {
+  const stage = document.createElement("div");
+  stage.style.cssText = "position:absolute;visibility:hidden;width:300px;height:200px";
+  stage.setAttribute("aria-hidden", "true");
+  root.append(stage);
+  const plan = layout(look(), { title: "x" }, { title: "y" });
+  window.Plotly.newPlot(stage, [{ x: [0, 1], y: [0, 1], mode: "lines+markers" }, { x: [0, 1], y: [1, 1], type: "bar" }], plan, CONFIG)
+    .then(() => { window.Plotly.purge(stage); stage.remove(); });
+};
+const prepare = () => idle(() => plotly().then(() => idle(rehearse), () => {}));
+if (document.readyState === "complete") prepare();
+else window.addEventListener("load", prepare, { once: true });

@@ -36,7 +36,7 @@ function reset(id) {
     lane.bar.style.transform = "scaleX(0)";
     lane.box.removeAttribute("aria-activedescendant");
   }
-  hideTip();
+  if (marked && marked.about) hideTip();
 }
 
 function append(round) {
@@ -143,7 +143,7 @@ function show({ phase, stats, about }) {
   if (over) document.querySelector("#sd-status p")?.classList.add("sd-over");
   write("wall", stats.wall === undefined || !over ? "" : ", " + stats.wall.toFixed(1) + " s,");
   const badge = fields.identical;
-  const state = phase === "idle" || stats.same === undefined ? "none"
+  const state = phase === "idle" || (stats.identical && !stats.same) ? "none" // nothing to compare yet
     : !stats.identical ? (about.same_text ? "differ" : "free") : "same";
   if (badge.dataset.state !== state) badge.dataset.state = state;
   write("identical", state === "none" ? "–"
@@ -156,6 +156,7 @@ function show({ phase, stats, about }) {
   write("verdict", over && stats.speedup
     ? (stats.speedup >= 1 ? "faster" : "slower") + " than the baseline, same model, same prompt"
     : "speculative ÷ baseline, tokens per second");
+  caption(about.ran);
   if (was !== phase) {
     if (phase === "running") {
       spoken.textContent = "The race has started.";
@@ -166,8 +167,34 @@ function show({ phase, stats, about }) {
   }
 }
 
-// One tooltip for all tokens: by pointer, or by arrow keys within a lane.
-let marked = null;
+// What was run, whatever the form says by now.
+let captioned = "";
+function caption(ran) {
+  const text = ran ? JSON.stringify(ran) : "";
+  if (text === captioned) return;
+  captioned = text;
+  find(".sd-ran").hidden = !ran;
+  if (!ran) return;
+  find(".sd-ran-prompt").textContent = ran.prompt;
+  find(".sd-ran-settings").replaceChildren(...ran.settings.flatMap((said, i) => [i ? " · " : "", ...explained(said)]));
+}
+
+// Text with each term that the page explains made a button; the sentences are those of spec_decode/ui/terms.py.
+const TERM = new RegExp("(?<![\\w-])(" + Object.keys(props.terms).join("|") + ")(?![\\w-])");
+function explained(text) {
+  return text.split(TERM).map((part, i) => {
+    if (i % 2 === 0) return part;
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "sd-term";
+    button.textContent = part;
+    return button;
+  });
+}
+
+// One card for all tokens and terms. It shows what the pointer, the focus or the arrow keys are on, and goes with
+// them; a click or a tap pins it, until another, its button or Escape.
+let marked = null, pinned = null, byKeys = false;
 function describe(a) {
   const lines = [["p", "sd-tip-head", ROLE[a.role] + " " + JSON.stringify(a.text || "…")], ["p", "sd-tip-says", a.text
     ? SAYS[a.role] || "" : "part of a character; the last of its tokens shows it"]];
@@ -180,58 +207,121 @@ function describe(a) {
   } else facts.push(["pass", a.index ? String(a.index) : "prefill"]);
   return [lines, facts];
 }
-function showTip(span) {
-  if (span === marked) return;
+function make(tag, name, ...children) {
+  const node = document.createElement(tag);
+  if (name) node.className = name;
+  node.append(...children);
+  return node;
+}
+function showTip(anchor, keys) {
+  if (anchor === marked) return;
   hideTip();
-  marked = span;
-  for (const mate of span.about.mates) mate.classList.add("mate");
-  span.classList.add("cur");
-  const [lines, facts] = describe(span.about);
+  marked = anchor;
+  byKeys = Boolean(keys);
   tip.replaceChildren();
-  for (const [tag, name, text] of lines) {
-    const node = document.createElement(tag);
-    node.className = name;
-    node.textContent = text;
-    tip.append(node);
+  if (anchor.about) {
+    for (const mate of anchor.about.mates) mate.classList.add("mate");
+    anchor.classList.add("cur");
+    const [lines, facts] = describe(anchor.about);
+    for (const [tag, name, text] of lines) tip.append(make(tag, name, text));
+    tip.append(make("dl", "", ...facts.map(([name, text]) =>
+      make("div", "", make("dt", "", ...explained(name)), make("dd", "", text)))));
+  } else {
+    tip.append(make("p", "sd-tip-head", anchor.textContent), make("p", "sd-tip-text", props.terms[anchor.textContent]));
   }
-  const list = document.createElement("dl");
-  for (const [name, text] of facts) {
-    const row = document.createElement("div");
-    const term = document.createElement("dt");
-    const value = document.createElement("dd");
-    term.textContent = name;
-    value.textContent = text;
-    row.append(term, value);
-    list.append(row);
-  }
-  tip.append(list);
   tip.hidden = false;
-  const at = (span.getClientRects()[0] || span.getBoundingClientRect());
+  place();
+}
+function place() {
+  if (!marked.isConnected) return; // it stood in the card itself, or in a line that was written anew
+  const at = marked.getClientRects()[0] || marked.getBoundingClientRect();
   const home = root.getBoundingClientRect();
-  const width = tip.offsetWidth, height = tip.offsetHeight;
-  const left = Math.min(Math.max(at.left - home.left, 0), home.width - width);
-  const above = at.top - height - 8;
-  tip.style.left = Math.max(0, left) + "px";
-  tip.style.top = (above > 4 ? above : at.bottom + 8) - home.top + "px";
+  const pane = marked.about ? marked.about.lane.box.getBoundingClientRect() : at;
+  const top = Math.min(Math.max(at.top, pane.top), pane.bottom), bottom = Math.min(Math.max(at.bottom, pane.top), pane.bottom);
+  const room = document.documentElement.clientWidth - tip.offsetWidth - 8;
+  const above = top - tip.offsetHeight - 8;
+  tip.style.left = Math.max(8, Math.min(at.left, room)) - home.left + "px";
+  tip.style.top = (above > 4 ? above : bottom + 8) - home.top + "px";
+}
+function pin() {
+  const lane = marked.about && marked.about.lane;
+  pinned = { lane, follow: lane && lane.follow };
+  if (lane) lane.follow = false; // the token must not scroll away beneath its card
+  const close = make("button", "sd-tip-close", "×");
+  close.type = "button";
+  close.setAttribute("aria-label", "Close");
+  close.addEventListener("click", hideTip);
+  tip.prepend(close);
+  tip.setAttribute("role", "dialog");
+  tip.setAttribute("aria-label", marked.about ? "Token" : "Definition");
+  place();
 }
 function hideTip() {
   if (!marked) return;
-  for (const mate of marked.about.mates) mate.classList.remove("mate");
-  marked.classList.remove("cur");
-  marked = null;
+  const from = tip.contains(document.activeElement) && (marked.about ? marked.about.lane.box : marked);
+  if (marked.about) {
+    for (const mate of marked.about.mates) mate.classList.remove("mate");
+    marked.classList.remove("cur");
+  }
+  if (pinned && pinned.lane) pinned.lane.follow = pinned.follow;
+  marked = pinned = null;
+  byKeys = false;
   tip.hidden = true;
+  tip.setAttribute("role", "tooltip");
+  tip.removeAttribute("aria-label");
+  if (from) from.focus({ preventScroll: true });
 }
-root.addEventListener("pointerover", (event) => {
-  const span = event.target.closest(".sd-text .t");
-  if (span && span.about) showTip(span);
-  else hideTip();
+const anchorOf = (node) => {
+  const found = node.closest ? node.closest(".sd-term, .sd-text .t") : null;
+  return found && (found.about || props.terms[found.textContent]) ? found : null;
+};
+// Listeners on the document leave with this component.
+const listen = (name, act) => {
+  const guarded = (event) => (root.isConnected ? act(event) : document.removeEventListener(name, guarded, true));
+  document.addEventListener(name, guarded, true);
+};
+listen("pointerover", (event) => {
+  if (event.pointerType === "touch" || pinned) return;
+  const anchor = anchorOf(event.target);
+  if (anchor) showTip(anchor);
+  else if (!byKeys) hideTip();
 });
-root.addEventListener("pointerleave", hideTip);
+let pressed = null;
+listen("pointerdown", (event) => {
+  pressed = event.isPrimary ? [event.clientX, event.clientY] : null;
+  taken = event.pointerType === "mouse" && Boolean(event.target.closest('[role="option"]')); // see the drop-downs below
+});
+listen("pointerup", (event) => { // a scroll by touch ends in pointercancel instead
+  if (!pressed || event.button || Math.hypot(event.clientX - pressed[0], event.clientY - pressed[1]) > 8) return;
+  if (tip.contains(event.target) && !anchorOf(event.target)) return;
+  const anchor = anchorOf(event.target);
+  if (anchor && !anchor.about) return; // a button: its click says so
+  toggle(anchor);
+});
+listen("click", (event) => {
+  const anchor = anchorOf(event.target);
+  if (anchor && !anchor.about) toggle(anchor);
+});
+function toggle(anchor) {
+  const again = pinned && anchor === marked;
+  if (pinned) hideTip();
+  if (!anchor || again) return;
+  showTip(anchor);
+  pin();
+}
+listen("focusin", (event) => {
+  const anchor = anchorOf(event.target);
+  if (!anchor || anchor.about) return;
+  anchor.setAttribute("aria-description", props.terms[anchor.textContent]);
+  if (!pinned && anchor.matches(":focus-visible")) showTip(anchor, true);
+});
+listen("focusout", (event) => { if (event.target === marked && !pinned) hideTip(); });
 const STEPS = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10, Home: -Infinity, End: Infinity };
 for (const lane of lanes) {
   lane.box.addEventListener("scroll", () => {
     lane.follow = lane.box.scrollHeight - lane.box.scrollTop - lane.box.clientHeight < 24;
-    if (marked && !lane.box.matches(":focus")) hideTip();
+    if (pinned && pinned.lane === lane) { lane.follow = false; place(); }
+    else if (marked && !pinned && !lane.box.matches(":focus")) hideTip();
   }, { passive: true });
   lane.box.addEventListener("keydown", (event) => {
     const step = STEPS[event.key];
@@ -247,13 +337,22 @@ for (const lane of lanes) {
     const span = lane.spans[next];
     span.id = "sd-cursor-" + lane.name;
     lane.box.setAttribute("aria-activedescendant", span.id);
+    showTip(span, true);
     lane.follow = false;
     span.scrollIntoView({ block: "nearest" });
-    showTip(span);
+    place();
     const [lines, facts] = describe(span.about);
     spoken.textContent = lines[0][2] + ". " + facts.map((f) => f.join(" ")).join(", ");
   });
-  lane.box.addEventListener("blur", hideTip);
+  lane.box.addEventListener("blur", () => { if (!pinned) hideTip(); });
+  lane.box.addEventListener("copy", (event) => { // rejected tokens are no part of the text
+    const range = getSelection().rangeCount ? getSelection().getRangeAt(0) : null;
+    if (!range || range.collapsed || !lane.box.contains(range.commonAncestorContainer)) return;
+    const part = range.cloneContents();
+    for (const thrown of part.querySelectorAll(".r")) thrown.remove();
+    event.clipboardData.setData("text/plain", part.textContent);
+    event.preventDefault();
+  });
 }
 find(".sd-toggle input").addEventListener("change", (event) => {
   root.classList.toggle("hide-rejected", !event.target.checked);
@@ -267,12 +366,68 @@ const press = (...ids) => {
     if (button && !button.disabled && button.offsetParent) return button.click();
   }
 };
-const keys = (event) => {
-  if (!root.isConnected) return document.removeEventListener("keydown", keys, true);
+listen("keydown", (event) => {
+  const list = event.target.closest && event.target.closest('[role="combobox"][aria-expanded="true"]');
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); press("sd-run"); }
-  if (event.key === "Escape") { hideTip(); press("sd-stop", "sd-leave"); }
+  taken = event.key === "Enter" && Boolean(list);
+  if (event.key !== "Escape" || list) return;
+  const opened = marked && (pinned || byKeys); // is closed before a race is stopped
+  hideTip();
+  if (!opened) press("sd-stop", "sd-leave");
+});
+// Gradio leaves the list of a drop-down open when the focus goes on by Tab, and drops the focus when an option is taken.
+let taken = false;
+const fold = (box) => { if (box.getAttribute("aria-expanded") === "true") box.dispatchEvent(new FocusEvent("blur")); };
+listen("focusout", (event) => {
+  const box = event.target;
+  if (box.matches('[role="combobox"]')) setTimeout(() => {
+    if (taken && document.activeElement === document.body) {
+      box.focus({ preventScroll: true });
+      setTimeout(fold, 50, box); // the focus opened it
+    } else if (box !== document.activeElement) fold(box);
+    taken = false;
+  }, 50);
+});
+
+// Focus does not fall to the body: where the element that had it was hidden, disabled or removed, it goes to whatever
+// took its place, at worst to the status line.
+const visible = (node) => node && node.isConnected && !node.disabled && node.getClientRects().length;
+let last = null, fallen = false;
+listen("focusin", (event) => {
+  last = event.target;
+  fallen = fallen && last.id === "sd-status";
+});
+const keep = () => {
+  const now = document.activeElement;
+  const lost = last && (now === document.body || now === last) && !visible(last);
+  if (!lost && !(fallen && now.id === "sd-status")) return;
+  const next = ["sd-stop", "sd-leave", "sd-run"].map((id) => document.getElementById(id)).find(visible);
+  const status = document.getElementById("sd-status");
+  if (!next && status) status.tabIndex = -1;
+  fallen = !next;
+  const to = next || status;
+  if (to && to !== now) to.focus({ preventScroll: true });
 };
-document.addEventListener("keydown", keys, true);
+listen("focusout", () => setTimeout(keep, 0));
+const page = root.closest(".gradio-container") || document.body;
+new MutationObserver(keep).observe(page, { subtree: true, childList: true, attributeFilter: ["disabled", "hidden", "class", "style"] });
+
+// Gradio writes the place in the queue over the status line, faint and unexplained; here it is said in words.
+const waits = () => {
+  const place = document.querySelector("#sd-status .sd-place"), queue = document.querySelector("#sd-status .progress-text");
+  const found = place && queue && queue.textContent.match(/(\d+)\/(\d+)\s*\|\s*([\d.]+)(?:\/([\d.]+))?/);
+  if (!found) return;
+  const [, rank, size, passed, whole] = found;
+  const left = 5 * Math.ceil((whole - passed) / 5);
+  const text = ", place " + rank + " of " + size + " in the queue" + (left > 0 ? ", result in about " + left + " s" : "");
+  if (place.textContent !== text) place.textContent = text;
+};
+const watchStatus = (tries) => {
+  const status = document.getElementById("sd-status");
+  if (status) new MutationObserver(waits).observe(status, { subtree: true, childList: true, characterData: true });
+  else if (tries) setTimeout(watchStatus, 50, tries - 1);
+};
+watchStatus(100);
 
 // The settings stand open where there is room beside the race; the panel may be mounted after this component.
 const unfold = (tries) => {

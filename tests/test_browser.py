@@ -19,6 +19,7 @@ import pytest
 from ui_fakes import FakePair, FakeRace, fake_load
 
 from spec_decode.events import Trace
+from spec_decode.ui.terms import TERMS
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -49,6 +50,45 @@ LOSE_SIX = """() => {
     return { run: value.run, from: 0, rounds: [] };
   };
 }"""
+
+FOCUSED = """() => {
+  const e = document.activeElement;
+  return e.id || (e.tagName + " " + (e.getAttribute("aria-label") || e.textContent).slice(0, 30)).trim();
+}"""
+# what the badge said about the texts while the speculative pane was empty
+EARLY = """() => {
+  window.early = new Set();
+  const race = document.querySelector(".sd-race"), badge = race.querySelector('[data-k="identical"]');
+  const look = () => { if (!race.querySelector(".sd-speculative .sd-text .t")) window.early.add(badge.textContent); };
+  new MutationObserver(look).observe(race, { subtree: true, childList: true, attributes: true });
+}"""
+FALLS = """() => {
+  window.fell = 0;
+  setInterval(() => { window.fell += document.activeElement === document.body; }, 60);
+}"""
+MARKS = """() => ["a", "r", "c", "b", "t0"].map((role) => {
+  const style = getComputedStyle(document.querySelector(".sd-text ." + role));
+  return style.textDecorationLine + " " + style.textDecorationStyle;
+})"""
+# how much of a lane's text is out of sight within its pane, and by how much its last token stands out below the lane
+CUT = """e => {
+  const pane = e.querySelector(".sd-text"), last = [...pane.querySelectorAll(".t")].at(-1);
+  const bottom = (node) => node.getBoundingClientRect().bottom;
+  return [pane.scrollHeight - pane.clientHeight, bottom(last) - bottom(e)];
+}"""
+# the product of the opacities over an element and all around it
+OPACITY = "e => { let o = 1; for (; e; e = e.parentElement) o *= getComputedStyle(e).opacity; return o; }"
+# the outline of the element with the focus, or of the frame that Gradio draws around it
+RING = """() => {
+  for (let e = document.activeElement, i = 0; e && i < 4; e = e.parentElement, i++) {
+    const s = getComputedStyle(e);
+    if (s.outlineStyle === "solid" && parseFloat(s.outlineWidth) >= 2) {
+      return s.outlineColor !== getComputedStyle(document.body).backgroundColor;
+    }
+  }
+  return false;
+}"""
+SPOKEN = "e => [...e.querySelectorAll('.t:not(.r)')].map(t => t.textContent).join('')"
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")]
 
@@ -90,7 +130,7 @@ def served() -> Iterator[tuple[str, FakePair]]:
     from spec_decode.ui import Engine, build, launch_options
 
     pair = FakePair()
-    engine = Engine(fake_load(pair), FakeRace, ("lookup",))
+    engine = Engine(fake_load(pair), FakeRace, ("lookup", "mtp"))
     page = build(engine)
     _, url, _ = page.launch(server_port=free_port(), prevent_thread_lock=True, **launch_options())
     engine.start()
@@ -113,16 +153,24 @@ def fake_app(served: tuple[str, FakePair]) -> Any:
 class Visitor:
     """A page that remembers every console error and every request that left this machine."""
 
-    def __init__(self, browser: Any, url: str, width: int = 1280, height: int = 900, theme: str = "light") -> None:
+    def __init__(
+        self, browser: Any, url: str, width: int = 1280, height: int = 900, theme: str = "light", **options: Any
+    ) -> None:
+        """`before` is a script to run first; the other `options` are those of a browser context."""
         self.errors: list[str] = []
         self.outside: list[str] = []
-        self.page = browser.new_page(viewport={"width": width, "height": height})
+        before = options.pop("before", None)
+        self.page = browser.new_page(viewport={"width": width, "height": height}, **options)
+        if before:
+            self.page.add_init_script(before)
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.requests: list[str] = []
         self.page.on("request", self._request)
         self.page.goto(f"{url}?__theme={theme}")
 
     def _request(self, request: Any) -> None:
+        self.requests.append(request.url)
         if not request.url.startswith(("data:", "blob:", "http://127.0.0.1:", "http://localhost:")):
             self.outside.append(request.url)
 
@@ -141,6 +189,15 @@ class Visitor:
 
     def text(self, selector: str) -> str:
         return str(self.page.inner_text(selector))
+
+    def focused(self) -> str:
+        """The id of what has the focus, else its tag and label."""
+        return str(self.page.evaluate(FOCUSED))
+
+    def choose(self, control: str, option: str) -> None:
+        """Picks an option of a drop-down."""
+        self.page.click(f"{control} input")
+        self.page.click(f'{control} [role="option"] >> text="{option}"')
 
     def count(self, selector: str) -> int:
         return int(self.page.locator(selector).count())
@@ -191,6 +248,17 @@ def test_a_race_of_the_embedded_model(browser: Any, real_app: str) -> None:
     trace = Trace.from_json(Path(download.value.path()).read_text(encoding="utf-8"))
     assert trace.identical and len(trace.token_ids("baseline")) == int(visitor.text('[data-k="baseline.tokens"]'))
     assert visitor.errors == [] and visitor.outside == []
+    assert "tiny on purpose" in visitor.text("#sd-status") and "often wrong" in visitor.text("#sd-status")
+
+    page.click(".sd-chip >> text=numbered steps")
+    page.fill("#sd-max-new-tokens input", "120")
+    page.click("#sd-run")
+    page.wait_for_selector('.sd-ran >> text="Rewrite these instructions as a numbered list"', timeout=30_000)
+    visitor.phase("done")
+    shown = page.eval_on_selector(".sd-speculative .sd-text", SPOKEN)
+    steps = [s.strip() for s in page.input_value("#sd-prompt textarea").split("\n\n")[1].split(".") if s.strip()]
+    assert sum(step in shown for step in steps) >= 4, "the answer takes up the steps, which prompt lookup guesses"
+    assert visitor.count(".sd-speculative .sd-text .a") > visitor.count(".sd-speculative .sd-text .t:not(.r)") / 3
 
     visitor.run("Write a long story about a lighthouse.", max_new_tokens=400)
     visitor.phase("running", 60)
@@ -284,15 +352,22 @@ def test_bad_settings_and_prompts_are_told_where_they_are(browser: Any, fake_app
 def test_the_second_visitor_waits_and_a_closed_tab_frees_the_device(browser: Any, fake_app: Any) -> None:
     url, pair = fake_app(pace=1.0)
     first, second = Visitor(browser, url).ready(), Visitor(browser, url).ready()
+    first.run("hello", max_new_tokens=2)
+    first.phase("done")
+    first.page.wait_for_selector("#sd-run:not([disabled])")
     first.run("hello", max_new_tokens=400)
     first.phase("running")
     second.run("me too", max_new_tokens=4)
     second.page.wait_for_selector("#sd-leave")
-    second.page.wait_for_function("document.querySelector('#sd-status').innerText.includes('queue')")
-    assert len(pair.races) == 1
+    second.page.wait_for_function(
+        "document.querySelector('#sd-status').innerText.includes('place 1 of 1 in the queue')"
+    )
+    assert "result in about" in second.text("#sd-status")
+    assert second.page.eval_on_selector("#sd-status .sd-waits", OPACITY) == 1
+    assert len(pair.races) == 2
     first.page.close()
     second.phase("done", 30)
-    assert pair.races[0].stopped and pair.races[0].closed
+    assert pair.races[1].stopped and pair.races[1].closed
     assert second.errors == []
     second.page.close()
 
@@ -341,4 +416,224 @@ def test_accessible_before_and_after_a_race(browser: Any, fake_app: Any, theme: 
     assert visitor.violations() == []
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "no sideways scrolling"
     assert visitor.errors == [] and visitor.outside == []
+    page.close()
+
+
+def test_a_tapped_token_keeps_its_card_until_it_is_dismissed(browser: Any, fake_app: Any) -> None:
+    visitor = Visitor(browser, fake_app()[0], width=390, has_touch=True, is_mobile=True).ready()
+    page, card = visitor.page, visitor.page.locator(".sd-tip")
+    visitor.run("hello")
+    visitor.phase("done")
+    token = page.locator(".sd-speculative .sd-text .a").first
+    ways = [lambda: page.tap(".sd-header h1"), lambda: page.keyboard.press("Escape"), lambda: page.tap(".sd-tip-close")]
+    for dismiss in ways:
+        token.tap()
+        page.wait_for_timeout(150)
+        assert "draft q" in card.inner_text()
+        dismiss()
+        card.wait_for(state="hidden", timeout=1000)
+        assert not visitor.focused().startswith("BODY") or dismiss is ways[0]
+    page.locator('.sd-speculative .sd-text .t >> text="The"').first.tap()
+    token.tap()
+    assert "accepted" in card.inner_text(), "a tap on another token shows that one"
+    page.tap("#sd-status .sd-term >> text=int8")
+    assert TERMS["int8"] in card.inner_text()
+    assert visitor.errors == []
+    page.close()
+
+
+def test_a_result_says_what_was_run_and_the_status_which_drafter_is_used(browser: Any, fake_app: Any) -> None:
+    url, _ = fake_app(pace=0.3)
+    visitor = Visitor(browser, url).ready()
+    page = visitor.page
+    assert page.is_hidden(".sd-ran")
+    page.evaluate(EARLY)
+    visitor.choose("#sd-drafter", "mtp")
+    page.wait_for_selector("#sd-status >> text=fake-target + mtp on cpu, int8")
+    assert TERMS["mtp"] in visitor.text("#sd-drafter")
+    page.fill("#sd-temperature input[type=number]", "0.8")
+    page.fill("#sd-prompt textarea", "a <b>first</b> prompt")
+    page.fill("#sd-max-new-tokens input", "120")
+    page.focus("#sd-run")
+    page.keyboard.press("Enter")
+    visitor.phase("running")
+    page.wait_for_function("document.activeElement.id === 'sd-stop'")
+    visitor.choose("#sd-drafter", "lookup")
+    assert "fake-target + mtp on" in visitor.text("#sd-status"), "the race goes on with the one it began with"
+    visitor.phase("done")
+    assert visitor.focused() == "INPUT Drafter", "who moved the focus keeps it"
+    page.wait_for_selector("#sd-status >> text=fake-target + lookup on")
+    page.fill("#sd-prompt textarea", "another")
+    page.fill("#sd-temperature input[type=number]", "0")
+    ran = visitor.text(".sd-ran")
+    for said in (
+        "a <b>first</b> prompt",
+        "fake-target + mtp on cpu, int8",
+        "temperature 0.8",
+        "coupled",
+        "120",
+        "seed 0",
+    ):
+        assert said in ran
+    assert page.evaluate("[...window.early]") == ["–"], "no verdict on the texts before there are two"
+    page.click("#sd-clear")
+    page.wait_for_selector(".sd-ran", state="hidden")
+    assert visitor.errors == []
+    page.close()
+
+
+def test_focus_is_never_lost(browser: Any, fake_app: Any) -> None:
+    visitor = Visitor(browser, fake_app(context=40, pace=0.3)[0]).ready()
+    page = visitor.page
+    page.fill("#sd-max-new-tokens input", "20")
+    page.fill("#sd-prompt textarea", "word " * 50)
+    page.evaluate(FALLS)
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("#sd-truncate")
+    assert visitor.focused() == "TEXTAREA"
+    page.focus("#sd-truncate")
+    page.keyboard.press("Enter")
+    page.wait_for_function("['sd-stop', 'sd-leave'].includes(document.activeElement.id)")
+    visitor.phase("running")
+    page.wait_for_function("document.activeElement.id === 'sd-stop'")
+    page.keyboard.press("Enter")
+    visitor.phase("done")
+    page.wait_for_function("document.activeElement.id === 'sd-run'")
+    assert page.evaluate("window.fell") == 0
+    page.focus("#sd-rule input")
+    page.keyboard.press("ArrowDown")
+    assert visitor.count("#sd-rule .options") == 1
+    page.keyboard.press("Tab")
+    page.wait_for_selector("#sd-rule .options", state="detached", timeout=2000)
+    assert page.get_attribute("#sd-rule input", "aria-expanded") == "false"
+    assert "Temperature" in visitor.focused()
+    page.focus("#sd-rule input")
+    for key in ("ArrowDown", "ArrowDown", "Enter"):
+        page.keyboard.press(key)
+    page.wait_for_selector("#sd-rule .options", state="detached", timeout=2000)
+    page.wait_for_timeout(150)
+    assert visitor.focused() == "INPUT Rule" and page.input_value("#sd-rule input") != "auto"
+    assert visitor.errors == []
+    page.close()
+
+
+def test_whatever_has_the_focus_shows_it(browser: Any, fake_app: Any) -> None:
+    visitor = Visitor(browser, fake_app()[0]).ready()
+    page = visitor.page
+    visitor.run("hello", max_new_tokens=80)
+    visitor.phase("done")
+    page.wait_for_selector("#sd-download:not([disabled])")
+    for theme, forced in [("light", "none"), ("dark", "none"), ("dark", "active")]:
+        page.emulate_media(forced_colors=forced)
+        page.evaluate("theme => document.body.classList.toggle('dark', theme === 'dark')", theme)
+        page.focus("#sd-prompt textarea")
+        seen: list[str] = []
+        bare: list[str] = []
+        while not visitor.focused().startswith("BODY") and len(seen) < 80:
+            seen.append(visitor.focused())
+            if not page.evaluate(RING):
+                bare.append(seen[-1])
+            page.keyboard.press("Tab")
+        assert bare == [], theme
+        assert len(seen) > 25 and "sd-run" in seen and any("API" in name for name in seen)
+    assert len(set(page.evaluate(MARKS))) == 5, "forced colours take backgrounds and shadows, and roles stay apart"
+    page.close()
+
+
+def test_copied_text_leaves_out_what_was_rejected(browser: Any, fake_app: Any) -> None:
+    visitor = Visitor(browser, fake_app()[0]).ready()
+    page = visitor.page
+    visitor.run("hello", max_new_tokens=60)
+    visitor.phase("done")
+    whole = page.eval_on_selector(".sd-speculative .sd-text", SPOKEN)
+    assert visitor.count(".sd-speculative .sd-text .r") > 3 and "guess" not in whole
+
+    def copied(select: str) -> str:
+        page.evaluate(select)
+        page.keyboard.press("Control+c")
+        page.fill("#sd-prompt textarea", "")
+        page.focus("#sd-prompt textarea")
+        page.keyboard.press("Control+v")
+        return str(page.input_value("#sd-prompt textarea"))
+
+    page.click(".sd-speculative h2")
+    pane = "getSelection().selectAllChildren(document.querySelector('.sd-speculative .sd-text'))"
+    assert copied(pane) == whole
+    everything = copied("document.activeElement.blur(); getSelection().selectAllChildren(document.body)")
+    assert "Speculative" in everything and "guess wrong" not in everything and " guess guess" not in everything
+    page.close()
+
+
+def test_print_shows_both_panes_whole(browser: Any, fake_app: Any) -> None:
+    visitor = Visitor(browser, fake_app(context=4000)[0], theme="dark").ready()
+    page = visitor.page
+    visitor.run("hello", max_new_tokens=900)
+    visitor.phase("done")
+    page.emulate_media(media="print")
+    for lane in ("baseline", "speculative"):
+        inside, below = page.eval_on_selector(f".sd-{lane}", CUT)
+        assert inside <= 1 and below < 0, f"{lane} is cut off"
+    for control in ("#sd-rail", "#sd-download", "footer", ".sd-toggle"):
+        assert not page.is_visible(control)
+    assert page.is_visible(".sd-ran")
+    channels = page.eval_on_selector("body", "e => getComputedStyle(e).backgroundColor.match(/[\\d.]+/g).map(Number)")
+    assert min(channels[:3]) > 200, "paper is white, whatever the theme"
+    assert page.pdf().count(b"/Type /Page\n") >= 4, "a pane goes on on the next sheet"
+    page.close()
+
+
+def test_terms_explain_themselves_where_they_stand(browser: Any, fake_app: Any) -> None:
+    visitor = Visitor(browser, fake_app()[0], theme="dark").ready()
+    page, card = visitor.page, visitor.page.locator(".sd-tip")
+    visitor.choose("#sd-drafter", "mtp")
+    visitor.choose("#sd-rule", "coupled")
+    page.wait_for_function(
+        "sentence => document.querySelector('#sd-rule').innerText.includes(sentence)", arg=TERMS["coupled"]
+    )
+    visitor.choose("#sd-rule", "threshold (lossy)")
+    page.fill("#sd-temperature input[type=number]", "0.8")
+    visitor.run("hello", max_new_tokens=40)
+    visitor.phase("done")
+    page.wait_for_selector('[data-plot="model"][data-state="drawn"] .main-svg')
+    for term in ("mtp", "int8", "KL", "γ"):
+        button = page.locator(f".sd-term:visible >> text={term}").first
+        button.hover()
+        assert TERMS[term] in card.inner_text()
+        page.mouse.move(2, 2)
+        assert card.is_hidden(), "by the pointer it comes and goes"
+        page.keyboard.press("Tab")
+        button.focus()
+        assert TERMS[term] in card.inner_text() and button.get_attribute("aria-description") == TERMS[term]
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(20)
+        page.mouse.move(5, 5)
+        assert TERMS[term] in card.inner_text()
+        if term == "KL":
+            assert visitor.violations() == []
+        page.keyboard.press("Escape")
+        assert card.is_hidden() and visitor.focused() == f"BUTTON {term}"
+    assert visitor.errors == []
+    page.close()
+
+
+def test_plotly_is_loaded_when_the_page_is_idle_and_told_when_it_cannot_be(browser: Any, fake_app: Any) -> None:
+    url, _ = fake_app()
+    waits = "window.idle = []; window.requestIdleCallback = (act) => window.idle.push(act);"
+    visitor = Visitor(browser, url, before=waits).ready()
+    page = visitor.page
+    page.wait_for_timeout(1800)
+    assert not [url for url in visitor.requests if "plotly" in url], "the page was never idle"
+    page.route("**/plotly.min.js", lambda route: route.abort())
+    with page.expect_request("**/plotly.min.js"):
+        page.evaluate("window.idle.splice(0).forEach(act => act())")
+    visitor.run("hello", max_new_tokens=20)
+    visitor.phase("done")
+    page.wait_for_selector('.sd-plots[data-state="broken"]')
+    said = page.eval_on_selector_all(".sd-canvas", "all => all.map(e => getComputedStyle(e, '::after').content)")
+    assert said == ['"The figures could not be loaded."'] * 4
+    page.unroute("**/plotly.min.js")
+    page.wait_for_selector("#sd-run:not([disabled])")
+    visitor.run("hello", max_new_tokens=20)
+    page.wait_for_selector('[data-plot="model"][data-state="drawn"] .main-svg')
+    assert visitor.count(".sd-plots > *") == 4
     page.close()

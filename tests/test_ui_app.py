@@ -14,14 +14,17 @@ import pytest
 from ui_fakes import FakePair, FakeRace, fake_load
 
 import app
+from spec_decode.embedded import NAME as EMBEDDED_NAME
 from spec_decode.errors import ModelError, OutOfMemory, PromptError, SettingsError
 from spec_decode.settings import Settings
 from spec_decode.ui import Engine
+from spec_decode.ui.caption import caption
 from spec_decode.ui.controls import help_updates
 from spec_decode.ui.feed import Feed
-from spec_decode.ui.form import CONTROLS, problem, settings_from_form
+from spec_decode.ui.form import CONTROLS, RULE_HELP, drafter_help, problem, settings_from_form
 from spec_decode.ui.layout import examples
 from spec_decode.ui.run import Asked, run
+from spec_decode.ui.terms import TERMS
 from spec_decode.ui.wiring import TraceFiles, note_html, status_html
 
 FORM = {"policy": "adaptive", "draft_length": 4, "temperature": 0, "top_p": 1, "top_k": 0}
@@ -181,6 +184,36 @@ def test_names_from_outside_are_text() -> None:
     engine = Engine(fake_load(FakePair()), FakeRace)
     assert "<b>" not in status_html(replace(engine.status(), message="<b>x</b>"))
     assert "<img" not in note_html("<img onerror=x>")["value"]
+
+
+def test_the_status_names_the_drafter_in_use_and_says_that_the_embedded_model_is_tiny() -> None:
+    now = ready(FakePair()).status()
+    assert "fake-drafter" in status_html(now)
+    chosen = status_html(now, busy=True, drafter="<b>mtp+lookup")
+    assert "fake-drafter" not in chosen and "&lt;b&gt;" in chosen and "135 million" not in chosen
+    for term in ("mtp", "lookup", "int8"):
+        assert f'class="sd-term">{term}</button>' in chosen and term in TERMS
+    tiny = status_html(replace(now, pair={**(now.pair or {}), "target": EMBEDDED_NAME}))
+    assert "135 million parameters" in tiny and "often wrong" in tiny and "larger pairs" in tiny
+
+
+def test_help_lines_explain_what_is_chosen() -> None:
+    assert TERMS["mtp"] in drafter_help("mtp+lookup") and TERMS["lookup"] in drafter_help("mtp+lookup")
+    assert drafter_help("some/model") == drafter_help(None) and drafter_help(None).endswith(".")
+    assert RULE_HELP["coupled"] == TERMS["coupled"] and "same noise" in RULE_HELP["auto"]
+    assert all(len(sentence) < 230 and sentence.endswith(".") for sentence in TERMS.values())
+
+
+def test_a_batch_says_what_was_run() -> None:
+    wanted = asked(prompt="p" * 900, settings=Settings(max_new_tokens=20, temperature=0.7, top_k=9), system="Be brief.")
+    about = json.loads(next(run(ready(FakePair()), wanted, Feed())).batch)["about"]["ran"]
+    said = " ".join(about["settings"])
+    for part in ("fake-target + fake-drafter on cpu, int8", "rule coupled", "temperature 0.7", "top-k 9", "Be brief."):
+        assert part in said
+    assert "top-p" not in said and "(900 characters)" in about["prompt"] and len(about["prompt"]) < 900
+    greedy = " ".join(caption("hello", Settings(seed=5), {"target": "t"})["settings"])
+    assert "seed" not in greedy, "what had no effect is not listed"
+    assert "lossy" in " ".join(caption("hello", Settings(rule="threshold"), {"target": "t"})["settings"])
 
 
 def test_only_the_last_traces_are_kept() -> None:

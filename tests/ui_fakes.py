@@ -49,12 +49,12 @@ class FakePair:
 
     @property
     def info(self) -> dict[str, Any]:
-        return {"target": "fake-target", "drafter": self.drafter, "device": "cpu", "dtype": "float32"}
+        return {"target": "fake-target", "drafter": self.drafter, "device": "cpu", "dtype": "int8"}
 
-    def use_drafter(self, name: str) -> None:
+    def use_drafter(self, name: str | None) -> None:
         if name == self.failing_drafter:
             raise ModelError(f"The drafter {name!r} has another tokenizer than the target.")
-        self.drafter = name
+        self.drafter = name or "fake-drafter"
 
 
 class FakeRace:

@@ -13,6 +13,7 @@ from pathlib import Path
 import gradio as gr
 
 from .feed import Feeds, idle
+from .terms import TERMS
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
@@ -23,7 +24,7 @@ def asset(name: str) -> str:
 
 
 def token_view(feeds: Feeds) -> gr.HTML:
-    """The two lanes and the score board; its value is a batch of `feed.Feed`.
+    """The two lanes and the score board; its value is a batch of `feed.Feed`. It also explains the `terms` of the page.
 
     Where the view missed batches it calls the server function `missing`, which looks them up in `feeds`.
     """
@@ -37,6 +38,7 @@ def token_view(feeds: Feeds) -> gr.HTML:
         js_on_load=asset("token_view.js"),
         apply_default_css=False,
         server_functions=[missing],
+        terms=TERMS,
         elem_id="sd-token-view",
     )
 

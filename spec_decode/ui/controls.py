@@ -12,7 +12,7 @@ import gradio as gr
 
 from ..errors import SettingsError
 from ..settings import MAX_DRAFT_LENGTH, Settings
-from .form import CONTROLS, HELP, RULE_HELP
+from .form import CONTROLS, HELP, RULE_HELP, drafter_help
 
 RULES = [(name, name) for name in RULE_HELP if name != "threshold"] + [("threshold (lossy)", "threshold")]
 
@@ -38,7 +38,7 @@ def settings_panel() -> tuple[dict[str, Any], gr.Dropdown, gr.Textbox, gr.Checkb
         visible=False,
         elem_id="sd-length",
     )
-    drafter = gr.Dropdown([], label="Drafter", info="Who guesses the next tokens.", elem_id="sd-drafter")
+    drafter = gr.Dropdown([], label="Drafter", info=drafter_help(None), elem_id="sd-drafter")
     c["rule"] = gr.Dropdown(RULES, value="auto", label="Rule", info=RULE_HELP["auto"], elem_id="sd-rule")
     c["lenience"] = gr.Slider(
         0.05,

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import SettingsError
 from ..settings import Settings
 from .engine import Limits
+from .terms import TERMS
 
 # control → its line of help; the order is the order of the form's inputs
 HELP: dict[str, str] = {
@@ -26,12 +27,18 @@ HELP: dict[str, str] = {
 CONTROLS = tuple(HELP)
 
 RULE_HELP: dict[str, str] = {
-    "auto": "Greedy at temperature 0, coupled above.",
+    "auto": "Greedy at temperature 0. Above, coupled: both lanes draw with the same noise.",
     "greedy": "Accept while the guess is the target's top token. Same text in both lanes.",
     "rejection": "Exact in distribution: the lanes may show different, equally likely texts.",
-    "coupled": "Both lanes share their noise. Exact, and the same text in both.",
+    "coupled": TERMS["coupled"],
     "threshold": "Lossy: lets guesses through that the target would refuse. The drift is measured.",
 }
+
+
+def drafter_help(name: str | None) -> str:
+    """The line of help beneath the choice of a drafter, for the one that is chosen."""
+    parts = [TERMS[part] for part in (name or "").split("+") if part in TERMS]
+    return " ".join(parts) or "Who guesses the next tokens."
 
 
 def settings_from_form(values: dict[str, Any]) -> Settings:

@@ -10,20 +10,30 @@ from typing import Any
 
 import gradio as gr
 from gradio.events import api
+from starlette.middleware import Middleware
 
 from .api import race_endpoint
-from .components import asset, figures, token_view
+from .components import ASSETS, asset, figures, token_view
 from .controls import settings_panel
 from .engine import Engine
 from .feed import Feeds
+from .head import TITLE, Head, routes
 from .server import Guard, Server
-from .theme import head, theme
+from .theme import style, theme
 from .wiring import DEVICE, QUIET, Page, wire
 
 
 def launch_options() -> dict[str, Any]:
     """Keyword arguments for `Blocks.launch` (Gradio takes the look of a page there)."""
-    return {"theme": theme(), "head": head(), "footer_links": ["api", "gradio"], "ssr_mode": False, "quiet": True}
+    return {
+        "theme": theme(),
+        "head": style(),
+        "favicon_path": ASSETS / "icon.png",
+        "app_kwargs": {"middleware": [Middleware(Head)], "routes": routes()},
+        "footer_links": ["api", "gradio"],
+        "ssr_mode": False,
+        "quiet": True,
+    }
 
 
 def examples() -> list[dict[str, str]]:
@@ -34,7 +44,7 @@ def examples() -> list[dict[str, str]]:
 def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
     """The page over this engine; `max_queue` visitors may wait, the next is told to come back later."""
     feeds = Feeds()
-    with Server(title="Spec Decode", analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as blocks:
+    with Server(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as blocks:
         _html(asset("header.html"), "sd-header")
         with gr.Row(elem_id="sd-page"):
             with gr.Column(elem_id="sd-rail", min_width=280, scale=0):

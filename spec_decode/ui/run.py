@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..events import Trace
 from ..settings import Settings
 from ..text import require_text
+from .caption import caption
 from .engine import Engine
 from .feed import Feed
 from .plots import Curves, Throttle, final
@@ -73,7 +74,7 @@ def run(engine: Engine, asked: Asked, feed: Feed, draw: bool = True) -> Iterator
     )
     try:
         tally, curves, throttle = Tally(), Curves(), Throttle()
-        about = _about(asked.settings)
+        about = _about(asked, race.trace.pair)
         began = time.perf_counter()
         yield View(feed.batch("running", tally.to_dict(), about=about), counts=dict.fromkeys(tally.lanes, 0))
         done, problem = False, None
@@ -115,8 +116,10 @@ def run(engine: Engine, asked: Asked, feed: Feed, draw: bool = True) -> Iterator
         engine.close(asked.visitor, race)
 
 
-def _about(settings: Settings) -> dict[str, Any]:
+def _about(asked: Asked, pair: dict[str, Any]) -> dict[str, Any]:
+    settings = asked.settings
     return {
+        "ran": caption(asked.prompt, settings, pair, asked.system, asked.thinking),
         "rule": settings.rule,
         "exact": settings.exact,
         "same_text": settings.same_text,

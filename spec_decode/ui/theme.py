@@ -71,6 +71,6 @@ def theme() -> gr.themes.Base:
     return base.set(**values)
 
 
-def head() -> str:
-    """What goes into the page's head: the style sheet, whole and unscoped."""
+def style() -> str:
+    """What a script puts into the page's head: the style sheet, whole and unscoped."""
     return f"<style>{asset('app.css')}</style>"

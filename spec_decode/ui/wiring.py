@@ -19,17 +19,23 @@ from typing import Any
 
 import gradio as gr
 
+from ..embedded import NAME as TINY
 from ..errors import PromptError, UserError
 from ..text import require_text
 from .controls import help_updates
 from .engine import Engine, Status
 from .feed import Feeds, idle
-from .form import CONTROLS, problem, settings_from_form
+from .form import CONTROLS, drafter_help, problem, settings_from_form
 from .run import Asked, run
+from .terms import marked
 
 DEVICE = "device"  # concurrency id: one race at a time
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 AT_ONCE: dict[str, Any] = {"queue": False, **QUIET}
+TINY_ON_PURPOSE = (
+    "This model is tiny on purpose, 135 million parameters, so that it runs anywhere. Its answers are often wrong; "
+    "look at the speed, and at whether both texts are the same. There are larger pairs."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +76,8 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
             page.timer: gr.update(active=now.phase == "loading"),
         }
         if now.phase == "ready":
-            out[page.drafter] = gr.update(choices=list(now.drafters), value=now.drafters[0])
+            own = now.drafters[0]
+            out[page.drafter] = gr.update(choices=list(now.drafters), value=own, info=drafter_help(own))
             out[page.thinking] = gr.update(visible=now.thinking is not None, value=bool(now.thinking))
         return out
 
@@ -78,7 +85,12 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         engine.start()
         return {page.timer: gr.update(active=True), page.retry: hidden, page.status: status_html(engine.status())}
 
-    def check(truncate: bool, text: str | None, values: tuple[Any, ...]) -> dict[Any, Any]:
+    def chosen(drafter: str, shown: str) -> dict[Any, Any]:
+        # while a race waits or runs, the status goes on naming the drafter of that race
+        status = gr.skip() if 'data-state="busy"' in shown else status_html(engine.status(), drafter=drafter)
+        return {page.status: status, page.drafter: gr.update(info=drafter_help(drafter))}
+
+    def check(truncate: bool, text: str | None, drafter: str, *values: Any) -> dict[Any, Any]:
         named = dict(zip(CONTROLS, values, strict=True))
         wrong = problem(named, engine.limits)
         out: dict[Any, Any] = dict(zip(form, help_updates(named, wrong), strict=True))
@@ -96,7 +108,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
                 page.go: hidden,
                 page.leave: shown,
                 page.stop: shown,
-                page.status: status_html(engine.status(), busy=True),
+                page.status: status_html(engine.status(), busy=True, drafter=drafter),
             }
         return out
 
@@ -126,13 +138,13 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         except UserError as error:
             outcomes.put(visitor, Outcome(str(error)))
 
-    def rest(request: gr.Request) -> dict[Any, Any]:
+    def rest(request: gr.Request, drafter: str) -> dict[Any, Any]:
         now, outcome = engine.status(), outcomes.take(str(request.session_hash))
         return {
             page.leave: hidden,
             page.stop: hidden,
             page.go: gr.update(visible=True, interactive=now.phase == "ready"),
-            page.status: status_html(now),
+            page.status: status_html(now, drafter=drafter),
             page.note: note_html(outcome.problem) if outcome.problem else hidden,
             page.truncate: gr.update(visible=outcome.truncate),
             page.download: gr.update(value=outcome.trace, interactive=True) if outcome.trace else gr.skip(),
@@ -156,14 +168,15 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     page.timer.tick(poll, None, watched, **AT_ONCE)
     page.retry.click(again, None, [page.timer, page.retry, page.status], **AT_ONCE)
 
-    asked = [page.prompt, *form]
+    page.drafter.input(chosen, [page.drafter, page.status], [page.status, page.drafter], preprocess=False, **AT_ONCE)
+    asked = [page.prompt, page.drafter, *form]
     checked = [page.ticket, page.note, page.truncate, page.go, page.leave, page.stop, page.status, *form]
     # a changed gr.State wakes its listeners only when the event went through the queue; this one never waits there
     page.go.click(
-        lambda text, *v: check(False, text, v), asked, checked, preprocess=False, concurrency_limit=None, **QUIET
+        lambda *asked: check(False, *asked), asked, checked, preprocess=False, concurrency_limit=None, **QUIET
     )
     page.truncate.click(
-        lambda text, *v: check(True, text, v), asked, checked, preprocess=False, concurrency_limit=None, **QUIET
+        lambda *asked: check(True, *asked), asked, checked, preprocess=False, concurrency_limit=None, **QUIET
     )
     resting = [page.leave, page.stop, page.go, page.status, page.note, page.truncate, page.download]
     # One output, taken as it is: Gradio builds a component anew for every update of a property, several times a
@@ -180,28 +193,32 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         show_progress_on=page.status,
         api_visibility="private",
     )
-    running.then(rest, None, resting, **AT_ONCE)
-    page.leave.click(rest, None, resting, cancels=[running], **AT_ONCE)
+    running.then(rest, page.drafter, resting, preprocess=False, **AT_ONCE)
+    page.leave.click(rest, page.drafter, resting, preprocess=False, cancels=[running], **AT_ONCE)
     page.stop.click(stop, None, None, **AT_ONCE)
     cleared = [page.prompt, page.view, page.note, page.truncate, page.download]
     page.clear.click(wipe, None, cleared, **AT_ONCE)
     blocks.unload(stop)
 
 
-def status_html(now: Status, busy: bool = False) -> str:
-    """One line: what is loaded and on what, or what is happening. Whether a visitor who asked for a race still waits
-    for it is known to the token view, which tells the style sheet."""
+def status_html(now: Status, busy: bool = False, drafter: str | None = None) -> str:
+    """What is loaded and on what, or what is happening; `drafter` is the one this visitor chose. Whether a visitor who
+    asked for a race still waits for it is known to the token view, which tells the style sheet, and adds the place in
+    the queue."""
+    tiny = ""
     if now.phase != "ready" or not now.pair:
         line = escape(now.message)
     else:
-        names = " + ".join(escape(str(now.pair[key])) for key in ("target", "drafter") if now.pair.get(key))
-        place = ", ".join(escape(str(now.pair[key])) for key in ("device", "dtype") if now.pair.get(key))
-        doing = (
-            "<b class='sd-waits'>Waiting for the device.</b><b class='sd-runs'>Racing.</b>" if busy else "<b>Ready.</b>"
-        )
-        line = f"{doing} <span>{names} on {place}</span>"
+        pair = now.pair | {"drafter": drafter or now.pair.get("drafter")}
+        names = " + ".join(str(pair[key]) for key in ("target", "drafter") if pair.get(key))
+        place = ", ".join(str(pair[key]) for key in ("device", "dtype") if pair.get(key))
+        waits = "<b class='sd-waits'>Waiting for the device<span class='sd-place'></span>.</b>"
+        doing = f"{waits}<b class='sd-runs'>Racing.</b>" if busy else "<b>Ready.</b>"
+        line = f"{doing} <span>{marked(f'{names} on {place}')}</span>"
+        if pair["target"] == TINY:
+            tiny = f'<p class="sd-tiny">{marked(TINY_ON_PURPOSE)}</p>'
     state = "busy" if busy and now.phase == "ready" else now.phase
-    return f'<p role="status" data-state="{state}"><i></i><span>{line}</span></p>'
+    return f'<p role="status" data-state="{state}"><i></i><span>{line}</span></p>{tiny}'
 
 
 def _unreadable(text: object) -> str | None:
