@@ -117,6 +117,13 @@ function flush() {
 
 const write = (key, text) => { if (fields[key].textContent !== text) fields[key].textContent = text; };
 const number = (x, digits, unit) => (x === null || x === undefined ? "–" : x.toFixed(digits) + (unit || ""));
+const range = (ends) => (ends ? ends[0].toFixed(2) + "–" + ends[1].toFixed(2) + "×" : "");
+const VERDICT = {
+  faster: "faster than the baseline, same model, same prompt",
+  slower: "slower than the baseline, same model, same prompt",
+  "no difference": "no measurable difference: the interval holds 1×",
+  "nothing drafted": "nothing was drafted: both lanes took plain steps",
+};
 const percent = (x) => (x === null || x === undefined ? "–" : (100 * x).toFixed(x < 0.0995 ? 1 : 0) + " %");
 
 function show({ phase, stats, about }) {
@@ -153,16 +160,24 @@ function show({ phase, stats, about }) {
     : !about.exact ? "The threshold rule is lossy: it lets guesses through that the target would refuse, so the texts may differ and the speedup is not free."
     : !about.same_text ? "Rejection sampling is exact in distribution: the lanes draw separately, so they may show different, equally likely texts."
     : "");
-  write("verdict", over && stats.speedup
-    ? (stats.speedup >= 1 ? "faster" : "slower") + " than the baseline, same model, same prompt"
-    : "speculative ÷ baseline, tokens per second");
+  const verdict = (over && stats.verdict) || "";
+  if (root.dataset.verdict !== verdict) root.dataset.verdict = verdict;
+  write("verdict", VERDICT[verdict] || "speculative ÷ baseline, tokens per second");
+  write("interval", stats.interval ? range(stats.interval) + " (95 %)" : "");
+  write("end_to_end", number(stats.end_to_end, 2, "×"));
+  write("end_to_end_interval", range(stats.end_to_end_interval));
+  write("loops", stats.looping
+    ? "The text loops: it says the same again and again. That is easy to draft, so this speedup flatters the drafter."
+    : "");
   caption(about.ran);
   if (was !== phase) {
     if (phase === "running") {
       spoken.textContent = "The race has started.";
       if (window.innerWidth <= 800) root.scrollIntoView({ block: "start", behavior: "smooth" });
     }
-    if (over) spoken.textContent = "The race is over. Speedup " + fields.speedup.textContent + ", texts " + fields.identical.textContent + ".";
+    if (over) spoken.textContent = "The race is over. Speedup " + fields.speedup.textContent
+      + (stats.interval ? ", 95 percent interval " + range(stats.interval).replace("–", " to ") : "")
+      + (verdict ? ", " + VERDICT[verdict] : "") + ". " + fields.loops.textContent + " Texts " + fields.identical.textContent + ".";
     if (phase === "idle") spoken.textContent = "";
   }
 }

@@ -178,12 +178,22 @@ def _describe(report: dict[str, Any]) -> str:
 
     lines = [fast["text"].strip(), "", f"{pair['target']} + {pair['drafter']} on {pair['device']}, {pair['dtype']}"]
     lines += [f"baseline     {rate(base)}", f"speculative  {rate(fast)}"]
-    summary = [] if report["speedup"] is None else [f"speedup {report['speedup']:.2f}×"]
+    summary = []
+    if report["speedup_interval"]:
+        low, high = report["speedup_interval"]
+        said = {"no difference": "no measurable difference", "nothing drafted": "nothing was drafted"}
+        verdict = said.get(report["verdict"], report["verdict"])
+        summary.append(f"speedup {report['speedup']:.2f}× (95 % interval {low:.2f}–{high:.2f}×: {verdict})")
+        summary.append(f"end to end {report['end_to_end_speedup']:.2f}×")
+    elif report["speedup"] is not None:
+        summary.append(f"speedup {report['speedup']:.2f}×")
     if fast["acceptance_rate"] is not None:
         summary.append(f"acceptance rate {fast['acceptance_rate']:.0%}")
     if fast["tokens_per_pass"] is not None:
         summary.append(f"{fast['tokens_per_pass']:.2f} tokens per target pass")
     summary.append("lanes identical" if report["identical"] else "lanes differ")
+    if report["looping"]:
+        summary.append("the text loops, which flatters the drafter")
     return "\n".join([*lines, ", ".join(summary)])
 
 

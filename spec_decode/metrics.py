@@ -1,4 +1,4 @@
-"""Rates and the speedup model: pure functions of rounds, each figure defined once.
+"""Rates, the speedup with its interval, and the speedup model: pure functions of rounds, each figure defined once.
 
 In: `Round`s of one lane, or a `Trace`. Out: numbers, or None where there is nothing to divide by. Knows nothing of
 models or of torch.
@@ -6,9 +6,13 @@ models or of torch.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from .events import BASELINE, SPECULATIVE, Costs, Round, Trace, emitted_tokens
 
@@ -78,25 +82,6 @@ def predicted_speedup(acceptance: Sequence[float], costs: Costs, draft_length: i
     return expected_tokens_per_pass(acceptance, draft_length) / costs.round(draft_length)
 
 
-def measured_speedup_by_drafted(trace: Trace, minimum_rounds: int = 3) -> dict[int, float]:
-    """For each number of tokens really drafted in a round: tokens/s of those rounds ÷ the baseline's tokens/s.
-
-    Draft lengths seen in fewer than `minimum_rounds` rounds are left out. 0 is a round without a draft.
-    """
-    base = tokens_per_second(trace.lane(BASELINE))
-    groups: dict[int, list[Round]] = defaultdict(list)
-    for r in trace.lane(SPECULATIVE):
-        if r.index > 0:
-            groups[r.drafted].append(r)
-    if not base:
-        return {}
-    return {
-        drafted: emitted_tokens(rounds) / sum(r.seconds for r in rounds) / base
-        for drafted, rounds in sorted(groups.items())
-        if len(rounds) >= minimum_rounds and sum(r.seconds for r in rounds) > 0
-    }
-
-
 def speedup(trace: Trace) -> float | None:
     """Speculative tokens/s ÷ baseline tokens/s, same prompt, same process, same weights."""
     base = tokens_per_second(trace.lane(BASELINE))
@@ -104,18 +89,191 @@ def speedup(trace: Trace) -> float | None:
     return fast / base if base and fast else None
 
 
+LEVEL = 0.95  # nominal coverage of the interval
+REPLICATES = 400
+BLOCKS = 6  # at least, so that their spread can be told
+_NORMAL = 1.959964  # 97.5 % quantile
+
+
+class Lane(NamedTuple):
+    """What an interval needs of a lane: tokens and seconds of every round after the prefill, float `[n]`, and the
+    tokens and seconds of the prefill."""
+
+    tokens: np.ndarray
+    seconds: np.ndarray
+    first_tokens: int
+    first_seconds: float
+
+    @classmethod
+    def of(cls, rounds: Sequence[Round]) -> Lane:
+        """From a lane's rounds, the prefill first. Seconds are differences of the lane's clock."""
+        clock = np.array([r.clock for r in rounds])
+        tokens = np.array([len(r.emitted) for r in rounds[1:]], float)
+        first = (len(rounds[0].emitted), rounds[0].clock) if rounds else (0, 0.0)
+        return cls(tokens, np.diff(clock), *first)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second after the first token."""
+        return float(self.tokens.sum() / self.seconds.sum())
+
+    @property
+    def end_to_end_rate(self) -> float:
+        """Tokens per second, the prefill included."""
+        return float((self.first_tokens + self.tokens.sum()) / (self.first_seconds + self.seconds.sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """Speedups with the ends of their intervals; `end_to_end` counts the prefill in both lanes."""
+
+    value: float
+    low: float
+    high: float
+    end_to_end: float
+    end_to_end_low: float
+    end_to_end_high: float
+
+
+def speedup_with_interval(baseline: Lane, speculative: Lane) -> Speedup | None:
+    """The speedup and its 95 % interval by a block bootstrap over rounds, None before two rounds of each lane.
+
+    Neighbouring rounds are alike (text that is easy to draft, a machine that is busy for a while), so each lane's
+    rounds are drawn again in circular blocks (Politis and Romano 1992) and not one by one. Blocks hold a sixth of the
+    lane's rounds, at most 2·√n: few and long ones, because a block that is shorter than the correlation makes the
+    interval too narrow, which is worse than one a little too wide. What few blocks leave uncertain is paid for twice:
+    the spread is divided by √(1 − block / n), the known bias of the circular bootstrap's variance, and widened from the
+    normal to Student's t quantile with Welch's degrees of freedom. Percentiles are of the logarithm of the ratio.
+
+    The lanes are drawn apart: numerator and denominator are their own rounds. What differs between two runs of the
+    same race (frequency, placement in memory, other processes) is not in it.
+    """
+    lanes = (speculative, baseline)
+    if any(len(lane.seconds) < 2 or lane.seconds.sum() <= 0 or lane.tokens.sum() <= 0 for lane in lanes):
+        return None
+    noise = np.random.default_rng(0)
+    spread = np.zeros((2, REPLICATES))  # decoding, end to end: log of replicate / estimate
+    variances, freedoms = [], []
+    for sign, lane in zip((1, -1), lanes, strict=True):
+        n = len(lane.seconds)
+        block = math.ceil(min(n / BLOCKS, 2 * math.sqrt(n)))
+        tokens, seconds = _resampled(lane, block, noise)
+        scale = 1 / math.sqrt(1 - block / n)
+        decoding = scale * np.log(np.maximum(tokens, 0.5) / np.maximum(seconds, 1e-12) / lane.rate)
+        whole = (lane.first_tokens + tokens) / (lane.first_seconds + np.maximum(seconds, 1e-12))
+        spread += sign * np.stack([decoding, scale * np.log(whole / lane.end_to_end_rate)])
+        variances.append(float(decoding.var()))
+        freedoms.append(max(n / block - 1, 1.0))
+    total = sum(variances)
+    freedom = total**2 / sum(v * v / f for v, f in zip(variances, freedoms, strict=True)) if total > 0 else math.inf
+    ends = np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1) * (_student(max(freedom, 2.0)) / _NORMAL)
+    (low, whole_low), (high, whole_high) = np.exp(ends).tolist()
+    value = speculative.rate / baseline.rate
+    whole_value = speculative.end_to_end_rate / baseline.end_to_end_rate
+    return Speedup(
+        value, value * min(low, 1.0), value * max(high, 1.0),
+        whole_value, whole_value * min(whole_low, 1.0), whole_value * max(whole_high, 1.0),
+    )  # fmt: skip
+
+
+def _resampled(lane: Lane, block: int, noise: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and seconds `[REPLICATES]` of as many rounds as the lane has, drawn in circular blocks.
+
+    The blocks' sum is scaled to n rounds, since ⌈n / block⌉ blocks hold a few more.
+    """
+    n = len(lane.seconds)
+    count = -(-n // block)
+    at = noise.integers(n, size=(REPLICATES, count))
+
+    def totals(values: np.ndarray) -> np.ndarray:
+        sums = np.concatenate([[0.0], np.cumsum(np.concatenate([values, values[:block]]))])
+        return np.asarray((sums[at + block] - sums[at]).sum(1) * (n / (count * block)))
+
+    return totals(lane.tokens), totals(lane.seconds)
+
+
+def _student(freedom: float) -> float:
+    """97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5; 3 % short at 2, exact beyond 5)."""
+    z, f = _NORMAL, freedom
+    return (
+        z
+        + (z**3 + z) / (4 * f)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * f**3)
+    )
+
+
+def verdict(drafted: int, estimate: Speedup | None) -> str | None:
+    """What may be said of a race that is over: "nothing drafted", "faster", "slower", or "no difference" where the
+    interval holds 1. None before there is an interval."""
+    if estimate is None:
+        return None
+    if drafted == 0:
+        return "nothing drafted"
+    return "faster" if estimate.low > 1 else "slower" if estimate.high < 1 else "no difference"
+
+
+REPEATED = 24  # tokens
+LOOPING = 0.3  # share of repeated n-grams from which a text counts as looping
+
+
+class Repetition:
+    """The share of a growing text's n-grams (n = `REPEATED` tokens) that occurred before in the same text.
+
+    24 tokens are about two sentences, more than what lists, tables, code and JSON repeat from one entry to the next:
+    with n = 8 half of an HTML list counts as said before, with n = 24 a twentieth. The share stays below a quarter even
+    for a song with a chorus, and a text that is caught in a loop is mostly loop; `LOOPING` lies between. A loop is
+    found once it fills some four tenths of the text.
+    """
+
+    def __init__(self) -> None:
+        self._last: list[int] = []
+        self._seen: set[int] = set()
+        self._grams = self._repeats = 0
+
+    def add(self, token: int) -> None:
+        self._last.append(token)
+        if len(self._last) < REPEATED:
+            return
+        gram = hash(tuple(self._last))
+        del self._last[0]
+        self._grams += 1
+        self._repeats += gram in self._seen
+        self._seen.add(gram)
+
+    @property
+    def share(self) -> float:
+        """In [0, 1]; 0 for a text shorter than one n-gram."""
+        return self._repeats / self._grams if self._grams else 0.0
+
+    @property
+    def looping(self) -> bool:
+        """A drafter finds such a text easier than any other, so its speedup says little about other texts."""
+        return self.share >= LOOPING
+
+
+def repeated_share(tokens: Iterable[int]) -> float:
+    """`Repetition.share` of a whole text."""
+    repetition = Repetition()
+    for token in tokens:
+        repetition.add(token)
+    return repetition.share
+
+
 def race_report(trace: Trace) -> dict[str, Any]:
     """The object `python -m spec_decode race --json` prints: both lanes, their rates, and whether they agree."""
     speculative = trace.lane(SPECULATIVE)
     accepted, drafted = _counts(speculative)
+    estimate = speedup_with_interval(Lane.of(trace.lane(BASELINE)), Lane.of(speculative))
+    lanes = {lane: _lane_report(trace, lane) for lane in (BASELINE, SPECULATIVE)}
     return {
         "pair": trace.pair,
         "settings": trace.settings,
         "machine": trace.machine,
         "prompt_tokens": trace.prompt_tokens,
-        "baseline": _lane_report(trace, BASELINE),
+        "baseline": lanes[BASELINE],
         "speculative": {
-            **_lane_report(trace, SPECULATIVE),
+            **lanes[SPECULATIVE],
             "rounds": [
                 {
                     "drafted": [t.id for t in r.tokens if t.draft_position is not None],
@@ -132,6 +290,11 @@ def race_report(trace: Trace) -> dict[str, Any]:
             "tokens_per_pass": tokens_per_pass(speculative),
         },
         "speedup": speedup(trace),
+        "speedup_interval": [estimate.low, estimate.high] if estimate else None,
+        "end_to_end_speedup": estimate.end_to_end if estimate else None,
+        "end_to_end_interval": [estimate.end_to_end_low, estimate.end_to_end_high] if estimate else None,
+        "verdict": verdict(drafted, estimate),
+        "looping": any(report["repeated_share"] >= LOOPING for report in lanes.values()),
         "identical": trace.identical,
     }
 
@@ -145,6 +308,7 @@ def _lane_report(trace: Trace, lane: str) -> dict[str, Any]:
         "seconds": rounds[-1].clock if rounds else 0.0,
         "tokens_per_second": tokens_per_second(rounds),
         "finish": trace.finish.get(lane, "running"),
+        "repeated_share": repeated_share(trace.token_ids(lane)),
     }
 
 

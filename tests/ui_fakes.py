@@ -37,12 +37,16 @@ class FakePair:
         failing_drafter: str = "broken",
         chunks: int = 0,
         chunk_seconds: float = 0.2,
+        hit: float = 0.72,
+        silent: bool = False,
     ) -> None:
         """`pace` scales simulated seconds to slept ones; `memory` is the round at which the memory runs out. A prompt
-        takes `chunks` times `chunk_seconds` to read."""
+        takes `chunks` times `chunk_seconds` to read. `hit` is the chance of a draft, which a `silent` drafter never
+        makes."""
         self.chunks, self.chunk_seconds = chunks, chunk_seconds
         self.pace, self.texts, self.context, self.memory = pace, texts, context, memory
         self.failing_drafter = failing_drafter
+        self.hit, self.silent = hit, silent
         self.drafter = "fake-drafter"
         self.races: list[FakeRace] = []
         self.costs = Costs(STEP, (1.0, 1.03, 1.05, 1.08, 1.12, 1.18, 1.24, 1.3, 1.36), DRAFT / STEP)
@@ -131,7 +135,8 @@ class FakeRace:
         return word if word.strip() != word or position == 0 else " " + word
 
     def _token(self, position: int, role: Any, p: float, q: float | None = None, draft: int | None = None) -> Token:
-        return Token(1000 + position, self._text(position), role, round(p, 4), q, draft)
+        place = position % len(self.pair.texts) if self.pair.texts else position
+        return Token(1000 + place, self._text(position), role, round(p, 4), q, draft)
 
     def _baseline(self) -> Iterator[Round]:
         noise, clock = random.Random(self.settings.seed), 0.12
@@ -149,9 +154,9 @@ class FakeRace:
         while done < settings.max_new_tokens:
             fixed = settings.draft_length if isinstance(settings.draft_length, int) else noise.choice((0, 2, 4, 6))
             left = settings.max_new_tokens - done
-            drafted = min(fixed, left)
+            drafted = 0 if self.pair.silent else min(fixed, left)
             accepted = 0
-            while accepted < drafted and noise.random() < 0.72:
+            while accepted < drafted and noise.random() < self.pair.hit:
                 accepted += 1
             tokens = [
                 self._token(done + i, "accepted", noise.uniform(0.5, 1), round(noise.uniform(0.4, 1), 4), i + 1)

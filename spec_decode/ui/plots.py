@@ -88,7 +88,7 @@ def final(trace: Trace) -> dict[str, Any]:
     """
     fast = trace.lane(SPECULATIVE)
     histogram = metrics.tokens_per_pass_histogram(fast)
-    measured = metrics.measured_speedup_by_drafted(trace)
+    measured: dict[int, float] = {}
     predicted: list[float] = []
     acceptance = metrics.per_position_acceptance(fast)
     if trace.costs and acceptance:
