@@ -15,6 +15,7 @@ from torch import Tensor
 from spec_decode import decode
 from spec_decode.draft_length import Fixed, GoOn
 from spec_decode.drafters import Draft
+from spec_decode.drafters.model import ModelDrafter
 from spec_decode.errors import UserError
 from spec_decode.events import Round
 from spec_decode.sampling import distribution
@@ -151,6 +152,27 @@ def test_the_lossy_rule_tells_what_it_let_through() -> None:
     assert r.kl == pytest.approx((math.log(1 / 0.3) + math.log(1 / 0.4)) / 2, rel=1e-4)
     r = second(0.8, [1, 0, 0])
     assert (r.accepted, r.refused) == (0, 0)
+
+
+@pytest.mark.parametrize("rule", ["greedy", "coupled", "rejection"])
+def test_a_draft_model_tells_what_it_drew_from(rule: str) -> None:
+    """q is its distribution after the settings, the confidence its probability of the id; a vocabulary smaller than
+    the target's has nothing to say of the tokens beyond."""
+    logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(3))
+    settings = Settings(temperature=0.0 if rule == "greedy" else 0.6, rule=rule)
+    drafter = ModelDrafter(Model(lambda text: logits[text[-1]]), "small", 5)  # type: ignore[arg-type]
+    drafter.start([0, 1], settings, 50)
+    made = drafter.draft(16)
+    before = torch.tensor([1, *made.ids[:-1].tolist()])
+    q = logits.softmax(-1) if rule == "greedy" else distribution(logits, settings)
+    assert made.confidence is not None
+    torch.testing.assert_close(made.confidence, q[before, made.ids])
+    if rule == "greedy":
+        assert made.ids.tolist() == logits.argmax(-1)[before].tolist()
+        assert made.probabilities is None
+    else:
+        assert made.probabilities is not None
+        torch.testing.assert_close(made.probabilities, torch.nn.functional.pad(q[before], (0, 2)))
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2, 3])
