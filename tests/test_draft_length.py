@@ -173,6 +173,29 @@ def test_a_drafter_that_is_never_sure_costs_next_to_nothing(scale: float) -> Non
     assert tokens / spent * MIDDLE.step_seconds > 0.97
 
 
+def test_what_was_drafted_behind_a_refusal_teaches_nothing() -> None:
+    """Nobody knows whether it would have been accepted: neither its position nor its confidence is judged."""
+
+    def learnt(confidences: list[float]) -> tuple[list[float], list[float]]:
+        chooser = Adaptive(MIDDLE)
+        for _ in range(5):
+            assert isinstance(chooser.go_on([0.99]), bool)
+            roles = ["accepted", *["rejected"] * (len(confidences) - 1)]
+            drafted = [
+                Token(1, "", role, q=c, draft_position=i + 1)  # type: ignore[arg-type]
+                for i, (role, c) in enumerate(zip(roles, confidences, strict=True))
+            ]
+            took = seconds(MIDDLE, 3)
+            chooser.observe(Round(SPECULATIVE, 1, (*drafted, Token(2, "", "correction")), 4, 0.0, took, took, took))
+        return [chooser.expected_tokens(n) for n in range(17)], chooser.go_on.chances.tolist()
+
+    tokens, chances = learnt([0.9, 0.6])
+    assert learnt([0.9, 0.6, 0.95, 0.1]) == (tokens, chances)
+    assert tokens[3:] != [Adaptive(MIDDLE).expected_tokens(n) for n in range(3, 17)]
+    untouched = Adaptive(MIDDLE).go_on.chances.tolist()
+    assert [now != then for now, then in zip(chances, untouched, strict=True)] == [i in (4, 7) for i in range(8)]
+
+
 def test_go_on_never_goes_beyond_the_longest() -> None:
     chooser = Adaptive(CHEAP, longest=3)
     assert chooser.go_on([1.0, 1.0])

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from spec_decode import decode
-from spec_decode.draft_length import Adaptive, Fixed
+from spec_decode.draft_length import Adaptive, Fixed, GoOn
 from spec_decode.drafters.either import EitherDrafter
 from spec_decode.drafters.lookup import LookupDrafter
 from spec_decode.drafters.mtp import MTPDrafter
@@ -59,6 +59,47 @@ def test_matches_that_are_wrong_lose_their_turn_and_win_it_back() -> None:
     else:
         pytest.fail("lookup never got its turn back")
     assert either.rate(4) > before
+
+
+def test_each_is_judged_by_its_own_drafts() -> None:
+    """What came true of a draft that was looked up says nothing of the other drafter, and the other way round."""
+    either = started()
+    at_first = either.rate("other")
+    for _ in range(10):
+        continuation = either.draft(3).ids.tolist()
+        assert continuation[0] in PROMPT
+        either.extend(continuation, None)  # type: ignore[arg-type]
+    assert either.rate("other") == at_first
+    assert either.rate(4) > 0.8
+    looked_up = {size: either.rate(size) for size in (2, 3, 4)}
+    for token in range(50, 60):
+        either.extend([token], None)  # type: ignore[arg-type]
+        assert either.draft(3).ids.tolist() == [ALWAYS] * 3, "nothing like it was seen before"
+        assert either.rate("other") <= at_first
+    assert either.rate("other") < 0.3, "ten rounds of the other, none of them right"
+    assert either.rate(3) == looked_up[3] and either.rate(2) == looked_up[2]
+
+
+def test_how_long_a_match_holds_is_learnt_from_where_it_first_fails() -> None:
+    """A match that was wrong at its second token says nothing of its third."""
+    either = started()
+    before = either.rate("going on")
+    either.extend([5, 40, 7, 8], None)  # type: ignore[arg-type]
+    once = either.rate("going on")
+    assert once < before
+    either = started()
+    either.extend([5, 40], None)  # type: ignore[arg-type]
+    assert either.rate("going on") == once
+    either = started()
+    either.extend([40, 6, 7], None)  # type: ignore[arg-type]
+    assert either.rate("going on") == before
+
+
+def test_a_match_is_followed_as_far_as_the_controller_says() -> None:
+    either = started()
+    assert either.draft(6, GoOn([0.9], [0.0, 0.9, 0.0, 0.0])).ids.tolist() == [5], "0.9 is not above 0.9"
+    assert either.draft(6, GoOn([0.9], [0.0, 0.8, 0.8, 0.8])).ids.tolist() == [5, 6, 7]
+    assert either.draft(6, GoOn.always()).ids.tolist() == either.draft(6).ids.tolist() == [5, 6, 7, 8, 9, 10]
 
 
 @pytest.mark.parametrize("rule", ["greedy", "coupled"])

@@ -58,6 +58,19 @@ def test_the_lane_that_is_behind_goes_next(pair):
     assert race.trace.finish == {BASELINE: "length", SPECULATIVE: "length"}
 
 
+def test_a_lane_says_why_it_ended(pair):
+    """One by its limit; with an end-of-sequence token before that, both by the token."""
+    race = Race(pair, PROMPT, Settings(max_new_tokens=12))
+    list(race)
+    assert race.trace.finish == {BASELINE: "length", SPECULATIVE: "length"}
+    text = race.trace.token_ids(BASELINE)
+    pair.target.eos = frozenset({text[8]})
+    race = Race(pair, PROMPT, Settings(max_new_tokens=12))
+    list(race)
+    assert race.trace.token_ids(SPECULATIVE) == text[: text.index(text[8]) + 1]
+    assert race.trace.finish == {BASELINE: "stop", SPECULATIVE: "stop"}
+
+
 def test_stop_takes_effect_within_one_round(pair):
     race = Race(pair, PROMPT, Settings(max_new_tokens=200))
     seen = []
@@ -354,6 +367,40 @@ def test_rollback_moves_a_pointer_and_copies_nothing():
     assert torch.equal(keys[0, :, 590:593], states[0, :, :3])
     with pytest.raises(ValueError, match="cannot roll back"):
         cache.rollback(591)
+
+
+def test_buckets_are_the_smallest_that_hold_the_length():
+    assert [bucket(n) for n in (0, 1, 511, 512, 513, 1024, 1025)] == [0, 512, 512, 512, 1024, 1024, 1536]
+    for capacity in (1, 512, 513):
+        assert RollbackCache(tiny.model("llama").config, capacity).capacity == bucket(capacity)
+
+
+def test_what_a_drafter_reads_of_the_cache_keeps_its_shape_from_round_to_round():
+    """Up to the bucket that holds the cursor, in place, with zeros where nothing was written."""
+    cache = RollbackCache(tiny.model("llama").config, 1000)
+    states = torch.randn(1, 2, 700, 8)
+    for tokens, shape in ((1, 512), (499, 512), (12, 512), (1, 1024)):
+        cache.update(states[:, :, :tokens], states[:, :, :tokens], 2)
+        cache.advance(tokens)
+        keys, values = cache.read(2)
+        assert keys.shape[2] == values.shape[2] == shape
+        assert keys.data_ptr() == cache.layers[2].keys.data_ptr()
+        assert not keys[:, :, cache.length :].any() and keys[:, :, : cache.length].all()
+
+
+def test_cropping_counts_from_the_end_and_once_for_all_layers():
+    """As transformers' assisted generation does it."""
+    cache = RollbackCache(tiny.model("llama").config, 20)
+    states = torch.randn(1, 2, 9, 8)
+    for layer in range(4):
+        cache.update(states, states, layer)
+    cache.advance(9)
+    for layer in cache.layers:
+        layer.crop(-3)
+    assert cache.get_seq_length() == cache.length == 6
+    assert cache.get_mask_sizes(2, 0) == (512, 0)
+    cache.rollback(0)
+    assert cache.length == 0
 
 
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 9))

@@ -211,3 +211,48 @@ def test_as_many_threads_as_make_a_step_fastest(int8: bool, best: int, monkeypat
     assert (sharing.threads if int8 else used[-1]) == best
     if int8:
         assert used[-1] == 1
+
+
+@njit(nogil=True)
+def taken(tickets: Any, chunks: Any) -> Any:
+    return sharing.next_chunk(tickets, 0, chunks)
+
+
+@njit(nogil=True)
+def passed_on(tickets: Any, chunks: Any) -> Any:
+    return sharing.then(tickets, 0, chunks)
+
+
+def test_nobody_leaves_a_phase_before_its_last_chunk_is_done() -> None:
+    """Each chunk is handed out once; with none left the call returns only when those handed out are done."""
+    tickets = np.zeros(sharing.PLACES, np.int64)
+    assert [taken(tickets, 3), taken(tickets, 3), passed_on(tickets, 3)] == [0, 1, 2]
+    left: list[int] = []
+    waiting = threading.Thread(target=lambda: left.append(taken(tickets, 3)), daemon=True)
+    waiting.start()
+    try:
+        waiting.join(0.3)
+        assert not left, "two chunks are still in hand"
+        last = threading.Thread(target=lambda: left.append(passed_on(tickets, 3)), daemon=True)
+        last.start()
+        last.join(0.3)
+        assert not left, "one chunk is still in hand"
+    finally:
+        tickets[sharing.PLACES // 2] = 3
+    waiting.join(30)
+    last.join(30)
+    assert left == [-1, -1]
+
+
+def test_what_a_chunk_wrote_is_seen_behind_its_phase() -> None:
+    """Tickets order memory. On x86 every atomic operation does, so no result could tell; the code that is compiled
+    does: a weaker order would let another processor read what a chunk has not written yet."""
+    taken(np.zeros(sharing.PLACES, np.int64), 1)
+    (code,) = taken.inspect_llvm().values()
+    ours = [
+        part for part in code.split("\ndefine ")[1:] if "NRT_" not in part.splitlines()[0]
+    ]  # Numba counts references
+    added = [line for part in ours for line in part.splitlines() if "atomicrmw add" in line]
+    looked = [line for part in ours for line in part.splitlines() if "load atomic" in line]
+    assert added and all("seq_cst" in line or "acq_rel" in line for line in added)
+    assert looked and all("seq_cst" in line or "acquire" in line for line in looked)

@@ -18,7 +18,7 @@ from spec_decode.drafters import Draft
 from spec_decode.drafters.mtp import MTPDrafter
 from spec_decode.errors import ModelError
 from spec_decode.kernels import sharing
-from spec_decode.sampling import distribution
+from spec_decode.sampling import distribution, exponential
 from spec_decode.settings import Settings
 from spec_decode.target import Pass, Target
 from spec_decode.text import TextStream
@@ -154,6 +154,22 @@ def test_tokens_outside_the_chosen_centroids_have_no_probability() -> None:
         assert draft.probabilities is not None
         assert ((draft.probabilities > 0).sum(-1) == 3 * size).all()
         torch.testing.assert_close(draft.probabilities.sum(-1), torch.ones(len(draft.ids)))
+
+
+@pytest.mark.parametrize(("int8", "ordered"), [(False, False), (False, True), (True, False)])
+def test_coupled_drafts_are_drawn_with_the_targets_noise_of_their_positions(int8: bool, ordered: bool) -> None:
+    """A target with the same distributions would draw the same tokens there."""
+    model, assistant = tiny.gemma4("dense", ordered=ordered)
+    target = Target(model)
+    drafter = MTPDrafter(assistant, target, int8=int8)
+    for seed in range(3):
+        drafter.start(LONG, Settings(temperature=2.0, rule="coupled", seed=seed), len(LONG) + 20)
+        drafter.extend([7], target.prefill(torch.tensor(LONG), target.new_cache(len(LONG) + 20), hidden=True))
+        made = drafter.draft(6)
+        assert made.probabilities is not None
+        first = len(LONG) + 1
+        noise = exponential(seed, torch.arange(first, first + 6), tiny.VOCABULARY)
+        assert made.ids.tolist() == (made.probabilities / noise).argmax(-1).tolist()
 
 
 SMALL, TRIALS = 8, 1200

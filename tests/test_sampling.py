@@ -171,6 +171,32 @@ def test_a_nucleus_wider_than_the_shortlist(spread: float) -> None:
             np.testing.assert_allclose(got.sum(), 1, rtol=1e-5)
 
 
+def test_a_nucleus_ends_where_the_mass_reaches_top_p_exactly() -> None:
+    """Halves, quarters and eighths add up without rounding, so the edge can be met to the bit."""
+    shares = [0.5, 0.25, 0.125, 0.125]
+    logits = torch.tensor([[math.log(share) for share in shares]])
+    for i in range(1, 4):  # the logits beside the logarithms whose softmax has no rounding in it
+        for _ in range(8):
+            if float(distribution(logits, Settings(temperature=1.0))[0, i]) == shares[i]:
+                break
+            logits[0, i] = torch.nextafter(logits[0, i], torch.tensor(0.0))
+    assert distribution(logits, Settings(temperature=1.0)).tolist() == [shares]
+    for top_p, kept in ((0.5, 1), (0.75, 2), (0.75 + 2**-20, 4), (0.5 + 2**-20, 2), (0.5 - 2**-20, 1)):
+        p = distribution(logits, Settings(temperature=1.0, top_p=top_p))
+        assert int((p > 0).sum()) == kept, top_p
+
+
+def test_a_wide_row_beside_a_narrow_one_keeps_its_nucleus() -> None:
+    """Of several rows one may need more tokens than are looked at first, and the others not."""
+    logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(1)) * 0.1
+    logits[0, 7] = logits[2, 9] = 50
+    settings = Settings(temperature=1.0, top_p=0.9)
+    p = distribution(logits, settings)
+    assert (p > 0).sum(-1).tolist()[::2] == [1, 1]
+    assert 1700 < int((p[1] > 0).sum()) < 1850
+    assert torch.equal(p[1], distribution(logits[1], settings))
+
+
 def test_temperature_zero_is_the_argmax() -> None:
     logits = torch.randn(50, 333, generator=torch.Generator().manual_seed(2))
     p = distribution(logits, Settings(temperature=0.0, top_k=5, top_p=0.1))
