@@ -52,21 +52,26 @@ def _race(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     settings, choice = _settings(arguments), flags.read(arguments)
     _check_writable(arguments.json)
-    from .bench import bench, read_prompts, summarize, table
+    from .bench import bench, prompt_ids, read_prompts, summarize, table
     from .models import load_pair
+    from .peers import Peers, parse
 
-    prompts = read_prompts(arguments.prompts)
+    names, prompts = parse(arguments.peers), read_prompts(arguments.prompts)
     pair = load_pair(**choice, progress=_progress)
     rows: list[dict[str, Any]] = []
-    for row in bench(pair, prompts, settings, [p for p in arguments.peers.split(",") if p]):
-        rows.append(row)
-        _progress(f"{len(rows)} of {len(prompts)} prompts")
+    with Peers(names, pair, settings, prompt_ids(pair, prompts, settings), _progress) as peers:
+        for row in bench(pair, prompts, settings, peers):
+            rows.append(row)
+            _progress(f"{len(rows)} of {len(prompts)} prompts")
+        others = peers.report()
     summary = summarize(rows)
-    print(table(rows, summary, pair.costs))
+    print(table(rows, summary, pair.costs, others))
     if arguments.json:
         costs = pair.costs.to_dict() if pair.costs else None
         report = {"pair": pair.info, "machine": pair.machine, "settings": settings.to_dict(), "costs": costs}
-        text = json.dumps({**report, "summary": summary, "prompts": rows}, indent=1, ensure_ascii=False)
+        text = json.dumps(
+            {**report, "peers": others, "summary": summary, "prompts": rows}, indent=1, ensure_ascii=False
+        )
         Path(arguments.json).write_text(text + "\n", encoding="utf-8")
 
 
@@ -224,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     race.set_defaults(run=_race)
     bench = commands.add_parser("bench", help="a file of prompts through both lanes and other engines")
     bench.add_argument("--prompts", required=True, metavar="FILE", help='JSON Lines of {"id", "category", "prompt"}')
-    bench.add_argument("--peers", default="", metavar="LIST", help="comma-separated: transformers, llama.cpp")
+    bench.add_argument("--peers", default="", metavar="LIST", help="comma-separated: transformers, llama.cpp, openvino")
     bench.add_argument("--json", metavar="OUT", help="write the report as JSON")
     bench.set_defaults(run=_bench)
     listing = commands.add_parser("models", help="the pairs known by name, and which of them fit")

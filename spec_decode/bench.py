@@ -1,22 +1,22 @@
 """The benchmark: every prompt through both lanes, and through other engines beside them.
 
-In: prompts ({"id", "category", "prompt"} a line), a pair, settings, names of peers. Out: a report of per-prompt and
-median figures, as an object and as a table.
+In: prompts ({"id", "category", "prompt"} a line), a pair, settings, peers. Out: a report of per-prompt and median
+figures, as an object and as tables.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from .errors import UserError
 from .events import SPECULATIVE, Costs
 from .metrics import acceptance_rate, race_report, tokens_per_pass
 from .models import Pair
-from .peers import peer
+from .peers import Peers
 from .race import Race
 from .settings import Settings
 
@@ -46,68 +46,122 @@ def read_prompts(path: str | Path) -> list[dict[str, str]]:
 
 
 def bench(
-    pair: Pair, prompts: Iterable[dict[str, str]], settings: Settings, peers: Iterable[str] = ()
+    pair: Pair,
+    prompts: Iterable[dict[str, str]],
+    settings: Settings,
+    peers: Iterable[str] | Peers = (),
+    progress: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One row of figures a prompt, as each is finished; rates in tokens/s, times in seconds.
 
+    The engines take turns prompt by prompt: both lanes of the race, then each peer, another one first each time. Peers
+    given by name are started for this benchmark and ended with it.
+
     Raises:
-        UserError: a peer is not known.
-        ModelError: a peer cannot be loaded.
+        UserError: a peer is not known, or a prompt cannot be raced.
+        ModelError: the only peer cannot be loaded.
     """
-    runners = {name: peer(name, pair, settings) for name in peers}
+    prompts = list(prompts)
+    if not isinstance(peers, Peers):
+        with Peers(peers, pair, settings, prompt_ids(pair, prompts, settings), progress) as started:
+            yield from bench(pair, prompts, settings, started)
+        return
     _discard(Race(pair, "Warm up.", Settings(max_new_tokens=8)))
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         race = Race(pair, prompt["prompt"], settings)
         _discard(race)
         report, lane = race_report(race.trace), race.trace.lane(SPECULATIVE)
+        own = report["baseline"]["token_ids"]
         row: dict[str, Any] = {
             "id": prompt["id"],
             "category": prompt["category"],
             "prompt_tokens": report["prompt_tokens"],
-            "tokens": len(report["baseline"]["token_ids"]),
+            "tokens": len(own),
             "baseline": report["baseline"]["tokens_per_second"],
             "speculative": report["speculative"]["tokens_per_second"],
             "speedup": report["speedup"],
             "acceptance_rate": acceptance_rate(lane),
             "tokens_per_pass": tokens_per_pass(lane),
             "identical": report["identical"],
-            "peers": {name: run(race.ids) for name, run in runners.items()},
+            "peers": {
+                name: {
+                    "tokens": len(found["ids"]),
+                    "prefill_seconds": found["first"],
+                    "tokens_per_second": found["tokens_per_second"],
+                    **(agreement(own, found["ids"]) if settings.temperature == 0 else {}),
+                }
+                for name, found in peers.run(race.ids, number).items()
+            },
         }
         yield row
 
 
+def prompt_ids(pair: Pair, prompts: Iterable[dict[str, str]], settings: Settings) -> list[list[int]]:
+    """The token ids of every prompt as a race reads it.
+
+    Raises:
+        PromptError: one is empty, or too long.
+    """
+    return [Race(pair, prompt["prompt"], settings).ids for prompt in prompts]
+
+
+def agreement(own: list[int], theirs: list[int]) -> dict[str, Any]:
+    """How far a peer's greedy text is the target's own: whether it is "identical", and the tokens of their
+    "common_prefix"."""
+    pairs = enumerate(zip(own, theirs, strict=False))
+    same = next((place for place, (one, other) in pairs if one != other), min(len(own), len(theirs)))
+    return {"identical": own == theirs, "common_prefix": same}
+
+
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the prompts, all and by category, and how many had identical lanes."""
+    """Medians over the prompts, all and by category, and how many had identical lanes; of each peer, how far its texts
+    are the target's own: the "share" that is identical, and the mean tokens of their "common_prefix"."""
+    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
 
     def middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
         figures: dict[str, Any] = {
             key: _median(row[key] for row in rows)
             for key in ("baseline", "speculative", "speedup", "acceptance_rate", "tokens_per_pass")
         }
-        for name in rows[0]["peers"]:
-            figures[name] = _median(row["peers"][name]["tokens_per_second"] for row in rows)
+        for name in names:
+            ran = [row for row in rows if name in row["peers"]]
+            figures[name] = _median(row["peers"][name]["tokens_per_second"] for row in ran)
             for lane in ("baseline", "speculative"):
-                figures[f"{lane} / {name}"] = _median(_ratio(row[lane], row["peers"][name]) for row in rows)
+                figures[f"{lane} / {name}"] = _median(_ratio(row[lane], row["peers"][name]) for row in ran)
         return figures
+
+    def texts(name: str) -> dict[str, Any]:
+        found = [row["peers"][name] for row in rows if "identical" in row["peers"].get(name, {})]
+        return {
+            "texts": len(found),
+            "share": fmean(peer["identical"] for peer in found) if found else None,
+            "common_prefix": fmean(peer["common_prefix"] for peer in found) if found else None,
+        }
 
     categories = sorted({row["category"] for row in rows})
     return {
         "prompts": len(rows),
         "identical": sum(row["identical"] for row in rows),
         "median": middle(rows),
+        "agreement": {name: texts(name) for name in names},
         "categories": {c: middle([row for row in rows if row["category"] == c]) for c in categories},
     }
 
 
-def table(rows: list[dict[str, Any]], summary: dict[str, Any], costs: Costs | None) -> str:
-    """The report as Markdown."""
-    peers = list(rows[0]["peers"])
-    head = ["prompt", "category", "tokens", *(f"{name} tok/s" for name in peers), "baseline tok/s", "speculative tok/s"]
+def table(
+    rows: list[dict[str, Any]],
+    summary: dict[str, Any],
+    costs: Costs | None,
+    peers: dict[str, dict[str, Any]] | None = None,
+) -> str:
+    """The report as Markdown. peers: from `Peers.report`."""
+    names = list(summary["agreement"])
+    head = ["prompt", "category", "tokens", *(f"{name} tok/s" for name in names), "baseline tok/s", "speculative tok/s"]
     head += ["speedup", "acceptance", "tokens/pass", "identical"]
     lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
     for row in rows:
         cells = [row["id"], row["category"], str(row["tokens"])]
-        cells += [_show(row["peers"][name]["tokens_per_second"], 1) for name in peers]
+        cells += [_show(row["peers"].get(name, {}).get("tokens_per_second"), 1) for name in names]
         cells += [_show(row["baseline"], 1), _show(row["speculative"], 1), _show(row["speedup"], 2) + "×"]
         cells += [
             _show(row["acceptance_rate"], 2),
@@ -116,22 +170,19 @@ def table(rows: list[dict[str, Any]], summary: dict[str, Any], costs: Costs | No
         ]
         lines.append("| " + " | ".join(cells) + " |")
     figures = summary["median"]
-    cells = ["**median**", "", ""] + [_show(figures[name], 1) for name in peers]
+    cells = ["**median**", "", ""] + [_show(figures[name], 1) for name in names]
     cells += [_show(figures["baseline"], 1), _show(figures["speculative"], 1), _show(figures["speedup"], 2) + "×"]
     cells += [_show(figures["acceptance_rate"], 2), _show(figures["tokens_per_pass"], 2)]
     cells.append(f"{summary['identical']} of {summary['prompts']}")
     lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| medians by category | baseline tok/s | speculative tok/s | speedup | acceptance | tokens/pass |"]
     lines.append("| --- |" + " ---: |" * 5)
-    for category, middle in summary["categories"].items():
+    for category, middle in [*summary["categories"].items(), ("**all**", figures)]:
         cells = [category, _show(middle["baseline"], 1), _show(middle["speculative"], 1)]
         cells += [_show(middle["speedup"], 2) + "×", _show(middle["acceptance_rate"], 2)]
         lines.append("| " + " | ".join([*cells, _show(middle["tokens_per_pass"], 2)]) + " |")
-    for name in peers:
-        ratios = " and ".join(
-            f"{lane} {_show(figures[f'{lane} / {name}'], 2)}×" for lane in ("baseline", "speculative")
-        )
-        lines += ["", f"Against {name}, median over prompts: {ratios}."]
+    if peers:
+        lines += ["", *_peers(summary, peers)]
     if costs:
         first = costs.draft_start + costs.draft_ratio
         passes = ", ".join(f"{g + 1} tokens {costs.verify_ratio[g]:.2f}×" for g in (1, 2, 4, 8, 16))
@@ -141,6 +192,46 @@ def table(rows: list[dict[str, Any]], summary: dict[str, Any], costs: Costs | No
             f"the first draft step of a round {first:.3f}×, the others {costs.draft_ratio:.3f}×.",
         ]
     return "\n".join(lines)
+
+
+def _peers(summary: dict[str, Any], peers: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What the peers are and how our lanes compare, as Markdown."""
+    ran = {name: peer for name, peer in peers.items() if name in summary["agreement"]}
+    figures = summary["median"]
+    if ran:
+        yield (
+            "| engine, plain decoding | weights | threads | tok/s | our baseline | our speculative lane "
+            "| same text as our target | common prefix |"
+        )
+        yield "| --- | --- |" + " ---: |" * 6
+    for name, peer in ran.items():
+        texts = summary["agreement"][name]
+        same = "–" if texts["share"] is None else f"{round(texts['share'] * texts['texts'])} of {texts['texts']}"
+        yield (
+            f"| {name} | {peer['weights']} | {peer['threads']} | {_show(figures[name], 1)} "
+            f"| {_show(figures[f'baseline / {name}'], 2)}× | {_show(figures[f'speculative / {name}'], 2)}× "
+            f"| {same} | {_show(texts['common_prefix'], 1)} tokens |"
+        )
+    for name, peer in ran.items():
+        yield ""
+        tried = ", ".join(
+            f"{' '.join(str(value) for key, value in trial.items() if key not in ('threads', 'tokens_per_second'))} "
+            f"{trial['threads']} thread{'s' * (trial['threads'] > 1)} {trial['tokens_per_second']:.1f}".strip()
+            for trial in peer["trials"]
+        )
+        settings = ", ".join(f"{key} {value}" for key, value in peer["settings"].items())
+        yield f"{name}: {peer['version']}; {settings}. Tried, tokens/s: {tried}."
+        if busy := peer.get("busy_cores"):
+            yield (
+                f"Cores it kept busy: {_show(busy['own'], 2)} in its own turns, {_show(busy['others'], 3)} in those of "
+                f"others. Our process in its turns: {_show(busy['ours'], 3)}."
+            )
+        if "failed" in peer:
+            yield f"It ended early: {peer['failed']}"
+    for name, peer in peers.items():
+        if "skipped" in peer:
+            yield ""
+            yield f"Without {name}: {peer['skipped']}"
 
 
 def _discard(race: Race) -> None:

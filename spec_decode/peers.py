@@ -1,134 +1,369 @@
-"""Other engines beside ours, for the benchmark: the same prompt ids, in the same process, on the same device.
+"""Other engines beside ours, for the benchmark: the same prompt ids and stop ids, on the same machine, each at its
+best.
 
-In: a pair and settings. Out: a function from prompt ids to what the engine took for them. A peer that needs a package
-says which. Knows nothing of our lanes.
+In: a pair, settings, prompt ids. Out: `Peers`, which run a prompt through each engine. On the CPU a peer is a process
+of its own, so that neither its threads nor its settings touch our lanes, nor ours its; how much CPU time it takes while
+it is not its turn is measured. Elsewhere, and where the target is quantized by bitsandbytes, the one peer that can run
+is transformers, in this process, on the weights that are there. Knows nothing of our lanes.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
+import psutil
 
-from . import embedded
 from .catalog import EMBEDDED
-from .checkpoints import load_model
+from .engines import ENGINES, Engine, Job, Transformers, answer
 from .errors import ModelError, UserError
-from .models import Pair
-from .settings import Settings
 
-Run = Callable[[list[int]], dict[str, Any]]
+if TYPE_CHECKING:
+    from .models import Pair
+    from .settings import Settings
+
+Say = Callable[[str], None]
+
+PACKAGES = {"llama.cpp": ("xllamacpp", "xllamacpp"), "openvino": ("openvino_genai", "openvino-genai")}
+_FEW = 8  # cores; of more, not every number of threads is tried
 
 
-def peer(name: str, pair: Pair, settings: Settings) -> Run:
-    """The peer called `name`, ready to run: prompt ids go in, {"tokens", "prefill_seconds", "tokens_per_second"} come
-    out, the rate without the first token.
+def parse(names: str) -> list[str]:
+    """The peers of a comma-separated list, each once.
 
     Raises:
-        UserError: there is no such peer. ModelError: it cannot be loaded, or does not run this pair.
+        UserError: one of them is not known, or the only one lacks its package.
     """
-    if name not in PEERS:
-        raise UserError(f"Unknown peer {name!r}; choose among {', '.join(PEERS)}.")
-    return PEERS[name](pair, settings)
+    found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    for name in found:
+        if name not in ENGINES:
+            raise UserError(f"Unknown peer {name!r}; choose among {', '.join(ENGINES)}.")
+    if len(found) == 1 and (reason := _missing(found[0])):
+        raise UserError(reason)
+    return found
 
 
-class _FirstToken(BaseStreamer):
-    """Notes when `generate` hands over the first token it made."""
+def thread_counts() -> list[int]:
+    """Numbers of threads worth a trial: each from 1 to the cores that this process may use, and where these are many,
+    the powers of two, the physical and the logical cores."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if usable <= _FEW:
+        return list(range(1, usable + 1))
+    physical = min(psutil.cpu_count(logical=False) or usable, usable)
+    return sorted({2**i for i in range(usable.bit_length()) if 2**i <= usable} | {physical, usable})
+
+
+class Seat(Protocol):
+    """Where an engine runs: `ask` hands it a request of `engines.answer`, `cpu` is the CPU time it has used so far, in
+    seconds, None where it shares a process with us."""
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]: ...
+
+    def cpu(self) -> float | None: ...
+
+    def close(self) -> None: ...
+
+
+class Beside:
+    """An engine in a process of its own.
+
+    Raises:
+        ModelError: it cannot be started.
+    """
+
+    def __init__(self, name: str, job: Job) -> None:
+        self.name = name
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
+        root = str(Path(__file__).parents[1])
+        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.engines"],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            encoding="utf-8",
+        )
+        try:
+            self.ask({"engine": name, "job": asdict(job)})
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+            ModelError: the engine failed, or its process ended.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except OSError:
+            line = ""
+        if not line:
+            raise ModelError(f"The peer {self.name} ended with exit code {self.process.wait()}: {self._last_line()}")
+        found: dict[str, Any] = json.loads(line)
+        if "error" in found:
+            raise ModelError(f"The peer {self.name} failed: {found['error'].rstrip('.')}.")
+        return found
+
+    def cpu(self) -> float | None:
+        try:
+            times = psutil.Process(self.process.pid).cpu_times()
+        except psutil.Error:
+            return None
+        return float(times.user + times.system)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.log):
+            if pipe is not None:
+                with suppress(OSError):  # a request that nobody has read
+                    pipe.close()
+
+    def _last_line(self) -> str:
+        self.log.seek(0)
+        lines = [line for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
+        return lines[-1].strip()[:200] if lines else "it said nothing"
+
+
+class Inside:
+    """An engine in this process."""
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        self.name = name
+        self.engine = engine
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return answer(self.engine, request)
+        except RuntimeError as error:
+            raise ModelError(f"The peer {self.name} failed: {' '.join(str(error).split())[:300]}") from error
+
+    def cpu(self) -> float | None:
+        return None
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class Peer:
+    """An engine that is ready to run, and what is known about it.
+
+    Raises:
+        ModelError: it cannot be tuned.
+    """
+
+    def __init__(self, name: str, seat: Seat, counts: Sequence[int], ids: list[int]) -> None:
+        self.name = name
+        self.seat = seat
+        self.facts = seat.ask({"do": "tune", "counts": list(counts), "ids": ids})
+        self.turns = {"own": _Load(), "others": _Load()}
+        self.ours = _Load()
+        self.since = time.perf_counter(), seat.cpu()
+
+    def run(self, ids: list[int], tokens: int) -> dict[str, Any]:
+        """Runs a prompt: {"ids", "first", "seconds", "tokens_per_second"}, as `engines.Run`.
+
+        Raises:
+            ModelError: the engine failed.
+        """
+        self._note("others")
+        wall, cpu = time.perf_counter(), time.process_time()
+        found = self.seat.ask({"do": "run", "ids": ids, "tokens": tokens})
+        self.ours.add(time.perf_counter() - wall, time.process_time() - cpu)
+        self._note("own")
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """What the engine is, and how its settings were chosen. Where it is a process of its own, "busy_cores" says how
+        many cores it kept busy in its "own" turns and in those of "others", and how many our process did in its turns,
+        "ours"."""
+        self._note("others")
+        if self.seat.cpu() is None:
+            return self.facts
+        busy = {"own": self.turns["own"].cores, "others": self.turns["others"].cores, "ours": self.ours.cores}
+        return {**self.facts, "busy_cores": busy}
+
+    def _note(self, whose: str) -> None:
+        now = time.perf_counter(), self.seat.cpu()
+        (wall, cpu), self.since = self.since, now
+        if cpu is not None and now[1] is not None:
+            self.turns[whose].add(now[0] - wall, now[1] - cpu)
+
+
+class _Load:
+    """CPU seconds in so many seconds."""
 
     def __init__(self) -> None:
-        self.calls = 0
-        self.first = 0.0
+        self.wall = self.cpu = 0.0
 
-    def put(self, value: torch.Tensor) -> None:
-        self.calls += 1
-        if self.calls == 2:  # the first call is the prompt
-            self.first = time.perf_counter()
+    def add(self, wall: float, cpu: float) -> None:
+        self.wall += wall
+        self.cpu += cpu
 
-    def end(self) -> None:
-        pass
+    @property
+    def cores(self) -> float | None:
+        return self.cpu / self.wall if self.wall else None
 
 
-def _transformers(pair: Pair, settings: Settings) -> Run:
-    """Plain `model.generate` of transformers: float32 on the CPU, the pair's dtype elsewhere."""
-    device = pair.target.device
-    model: PreTrainedModel = pair.target.model
-    if pair.plan.dtype == "int8":
-        path = str(embedded.prepare()) if pair.name == EMBEDDED else pair.name
-        model = load_model(path, device, "float32", pair.plan.target)
+class Peers:
+    """The engines of `names` that can run the pair, tuned and warm; a context manager that ends them.
 
-    def run(ids: list[int]) -> dict[str, Any]:
-        prompt, watch = torch.tensor([ids], device=device), _FirstToken()
-        sampling: dict[str, Any] = {"do_sample": settings.temperature > 0}
-        if settings.temperature > 0:
-            torch.manual_seed(settings.seed)
-            sampling |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-        begun = time.perf_counter()
-        output = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=settings.max_new_tokens,
-            streamer=watch,
-            pad_token_id=0,
-            **sampling,
+    Attributes:
+        skipped: why the others do not run, a sentence each.
+
+    Args:
+        prompts: ids of every prompt that is to come; the first one is what settings are tried on.
+
+    Raises:
+        UserError: the only peer asked for cannot run this pair, or lacks its package.
+        ModelError: the only peer asked for failed.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        pair: Pair,
+        settings: Settings,
+        prompts: Sequence[list[int]],
+        progress: Say | None = None,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        self.say = progress or (lambda line: None)
+        self.running: dict[str, Peer] = {}
+        self.skipped: dict[str, str] = {}
+        self.tokens = settings.max_new_tokens
+        self._ended: dict[str, dict[str, Any]] = {}
+        names = parse(",".join(names))
+        for name in names:
+            seat: Seat | None = None
+            try:
+                self.say(f"Finding the settings that are best for {name} …")
+                seat = _seat(name, pair, settings, max(map(len, prompts), default=1), self.say)
+                tried = [_current()] if pair.target.device.type != "cpu" else counts or thread_counts()
+                self.running[name] = Peer(name, seat, tried, prompts[0] if prompts else [1, 2, 3])
+            except UserError as error:
+                if seat is not None:
+                    seat.close()
+                if len(names) == 1:
+                    raise
+                self.skipped[name] = str(error)
+                self.say(f"Without {name}: {error}")
+            except BaseException:
+                if seat is not None:
+                    seat.close()
+                self.close()
+                raise
+
+    def run(self, ids: list[int], first: int = 0) -> dict[str, dict[str, Any]]:
+        """One prompt through each engine in turn, beginning with number `first`. An engine that fails runs no more."""
+        names = list(self.running)
+        found = {}
+        for name in names[first % len(names) :] + names[: first % len(names)] if names else []:
+            try:
+                found[name] = self.running[name].run(ids, self.tokens)
+            except ModelError as error:
+                failed = self.running.pop(name)
+                self._ended[name] = {**failed.facts, "failed": str(error)}
+                failed.seat.close()
+                self.say(str(error))
+        return {name: found[name] for name in names if name in found}
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """By name: `Peer.report`, with "failed" where it ended early; {"skipped": why} for one that did not run."""
+        ran = {name: peer.report() for name, peer in self.running.items()} | self._ended
+        return ran | {name: {"skipped": why} for name, why in self.skipped.items()}
+
+    def close(self) -> None:
+        """Ends them all."""
+        running, self.running = self.running, {}
+        for peer in running.values():
+            peer.seat.close()
+
+    def __enter__(self) -> Peers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _missing(name: str) -> str | None:
+    module, package = PACKAGES.get(name, ("transformers", "transformers"))
+    if importlib.util.find_spec(module) is not None:
+        return None
+    return f"The peer {name} needs the package {package}; run `pip install {package}`."
+
+
+def _current() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _seat(name: str, pair: Pair, settings: Settings, longest: int, say: Say) -> Seat:
+    if reason := _missing(name):
+        raise UserError(reason)
+    from . import embedded
+
+    how, own = pair.plan.target, pair.name == EMBEDDED
+    job = Job(
+        path=pair.name,
+        stop=tuple(sorted(pair.target.eos)),
+        context=longest + settings.max_new_tokens + 1,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        seed=settings.seed,
+        revision=how.revision,
+        attention=how.attention,
+        dtypes=("float32", "bfloat16"),
+    )
+    place = pair.target.device.type
+    if name == "transformers":
+        if place != "cpu" or how.precision:
+            return Inside(name, Transformers(job, pair.target.model))
+        if not own:
+            _check_memory(pair)
+        return Beside(name, _at(job, str(embedded.prepare()) if own else pair.name))
+    if not own or place != "cpu":
+        raise UserError(f"{name} is a peer of the embedded target on the CPU alone, whose GGUF file it reads as well.")
+    return Beside(name, _at(job, str(embedded.gguf(say))))
+
+
+def _at(job: Job, path: str) -> Job:
+    return Job(**{**asdict(job), "path": path})
+
+
+def _check_memory(pair: Pair) -> None:
+    """Refuses a second copy of the target that has no room.
+
+    Raises:
+        ModelError: by how much it is too large.
+    """
+    import torch
+
+    from . import memory
+
+    needed = memory.weights(memory.empty(pair.target.config), torch.float32)
+    there = memory.free_on(torch.device("cpu"))
+    if needed > there:
+        raise ModelError(
+            f"The peer transformers needs {memory.gigabytes(needed)} for weights of its own in float32, and "
+            f"{memory.gigabytes(there)} are free."
         )
-        ended = time.perf_counter()
-        tokens = output.shape[1] - len(ids)
-        return {
-            "tokens": tokens,
-            "prefill_seconds": watch.first - begun,
-            "tokens_per_second": (tokens - 1) / (ended - watch.first) if tokens > 1 else None,
-        }
-
-    run([1, 2, 3])
-    return run
-
-
-def _llama_cpp(pair: Pair, settings: Settings) -> Run:
-    """llama.cpp's plain decoding of the GGUF that the embedded target is made from, by llama.cpp's own clock."""
-    if pair.name != EMBEDDED:
-        raise ModelError("llama.cpp is a peer of the embedded target alone, whose GGUF both engines read.")
-    try:
-        import xllamacpp
-    except ImportError as error:
-        raise ModelError("The peer llama.cpp needs xllamacpp, its wheels; run `pip install xllamacpp`.") from error
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(embedded.gguf())
-    parameters.n_ctx = pair.context
-    parameters.n_gpu_layers = 0
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
-    server = xllamacpp.Server(parameters)
-
-    def run(ids: list[int]) -> dict[str, Any]:
-        asked = {
-            "prompt": ids,
-            "n_predict": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "top_k": settings.top_k,
-            "min_p": 0,
-            "seed": settings.seed,
-            "cache_prompt": False,
-        }
-        answers: list[Any] = []
-        server.handle_completions(json.dumps(asked), answers.append)
-        answer = answers[-1] if isinstance(answers[-1], dict) else json.loads(answers[-1])
-        if "timings" not in answer:
-            raise ModelError(f"llama.cpp answered {json.dumps(answer)[:200]}")
-        timings, tokens = answer["timings"], answer["usage"]["completion_tokens"]
-        seconds = timings["predicted_ms"] / 1e3
-        return {
-            "tokens": tokens,
-            "prefill_seconds": timings["prompt_ms"] / 1e3,
-            "tokens_per_second": (tokens - 1) / seconds if tokens > 1 and seconds else None,
-        }
-
-    run([1, 2, 3])
-    return run
-
-
-PEERS: dict[str, Callable[[Pair, Settings], Run]] = {"transformers": _transformers, "llama.cpp": _llama_cpp}
