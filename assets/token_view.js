@@ -390,16 +390,24 @@ listen("keydown", (event) => {
   hideTip();
   if (!opened) press("sd-stop", "sd-leave");
 });
-// Gradio leaves the list of a drop-down open when the focus goes on by Tab, and drops the focus when an option is taken.
+// Gradio opens the list of a drop-down when it gets the focus and by nothing else, leaves it open when the focus goes on
+// by Tab, and drops the focus when an option is taken.
+const opens = { pointerdown: () => true, keydown: (event) => /^Arrow(Down|Up)$/.test(event.key) };
+for (const [name, does] of Object.entries(opens)) listen(name, (event) => {
+  const box = event.target;
+  if (box !== document.activeElement || !box.matches('[role="combobox"][aria-expanded="false"]') || !does(event)) return;
+  box.dispatchEvent(new FocusEvent("focus"));
+});
 let taken = false;
-const fold = (box) => { if (box.getAttribute("aria-expanded") === "true") box.dispatchEvent(new FocusEvent("blur")); };
 listen("focusout", (event) => {
   const box = event.target;
   if (box.matches('[role="combobox"]')) setTimeout(() => {
     if (taken && document.activeElement === document.body) {
       box.focus({ preventScroll: true });
-      setTimeout(fold, 50, box); // the focus opened it
-    } else if (box !== document.activeElement) fold(box);
+      box.dispatchEvent(new FocusEvent("blur")); // the focus would open it again
+    } else if (box !== document.activeElement && box.getAttribute("aria-expanded") === "true") {
+      box.dispatchEvent(new FocusEvent("blur"));
+    }
     taken = false;
   }, 50);
 });

@@ -7,7 +7,7 @@ figures, as an object and as tables.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -46,26 +46,15 @@ def read_prompts(path: str | Path) -> list[dict[str, str]]:
 
 
 def bench(
-    pair: Pair,
-    prompts: Iterable[dict[str, str]],
-    settings: Settings,
-    peers: Iterable[str] | Peers = (),
-    progress: Callable[[str], None] | None = None,
+    pair: Pair, prompts: Iterable[dict[str, str]], settings: Settings, peers: Peers | None = None
 ) -> Iterator[dict[str, Any]]:
     """One row of figures a prompt, as each is finished; rates in tokens/s, times in seconds.
 
-    The engines take turns prompt by prompt: both lanes of the race, then each peer, another one first each time. Peers
-    given by name are started for this benchmark and ended with it.
+    The engines take turns prompt by prompt: both lanes of the race, then each peer, another one first each time.
 
     Raises:
-        UserError: a peer is not known, or a prompt cannot be raced.
-        ModelError: the only peer cannot be loaded.
+        PromptError: a prompt is empty, or too long.
     """
-    prompts = list(prompts)
-    if not isinstance(peers, Peers):
-        with Peers(peers, pair, settings, prompt_ids(pair, prompts, settings), progress) as started:
-            yield from bench(pair, prompts, settings, started)
-        return
     _discard(Race(pair, "Warm up.", Settings(max_new_tokens=8)))
     for number, prompt in enumerate(prompts):
         race = Race(pair, prompt["prompt"], settings)
@@ -90,7 +79,7 @@ def bench(
                     "tokens_per_second": found["tokens_per_second"],
                     **(agreement(own, found["ids"]) if settings.temperature == 0 else {}),
                 }
-                for name, found in peers.run(race.ids, number).items()
+                for name, found in (peers.run(race.ids, number) if peers else {}).items()
             },
         }
         yield row

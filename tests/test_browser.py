@@ -253,7 +253,7 @@ def test_a_race_of_the_embedded_model(browser: Any, real_app: str) -> None:
     page.click(".sd-chip >> text=numbered steps")
     page.fill("#sd-max-new-tokens input", "120")
     page.click("#sd-run")
-    page.wait_for_selector('.sd-ran >> text="Rewrite these instructions as a numbered list"', timeout=30_000)
+    page.wait_for_selector(".sd-ran >> text=Rewrite these instructions", timeout=30_000)
     visitor.phase("done")
     shown = page.eval_on_selector(".sd-speculative .sd-text", SPOKEN)
     steps = [s.strip() for s in page.input_value("#sd-prompt textarea").split("\n\n")[1].split(".") if s.strip()]
@@ -513,6 +513,8 @@ def test_focus_is_never_lost(browser: Any, fake_app: Any) -> None:
     page.wait_for_selector("#sd-rule .options", state="detached", timeout=2000)
     page.wait_for_timeout(150)
     assert visitor.focused() == "INPUT Rule" and page.input_value("#sd-rule input") != "auto"
+    page.click("#sd-rule input")
+    assert visitor.count("#sd-rule .options") == 1, "a click opens it, though it has the focus already"
     assert visitor.errors == []
     page.close()
 

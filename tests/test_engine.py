@@ -547,29 +547,17 @@ def test_bench_reports_every_prompt_and_the_medians(checkpoint, tmp_path):
         '{"id": "a", "category": "x", "prompt": "one two"}\n\n{"id": "b", "category": "y", "prompt": "three"}\n'
     )
     pair = models.load_pair(str(checkpoint), device="cpu")
-    rows = list(bench(pair, read_prompts(file), Settings(max_new_tokens=6), ["transformers"]))
+    rows = list(bench(pair, read_prompts(file), Settings(max_new_tokens=6)))
     summary = summarize(rows)
     assert [row["id"] for row in rows] == ["a", "b"]
     assert summary["identical"] == 2 and set(summary["categories"]) == {"x", "y"}
-    assert all(row["peers"]["transformers"]["tokens_per_second"] > 0 for row in rows)
+    assert all(row["baseline"] > 0 and row["speculative"] > 0 for row in rows)
     text = table(rows, summary, pair.costs)
     assert "**median**" in text and "2 of 2" in text
 
 
-def test_bench_refuses_what_it_cannot_use(tmp_path, pair):
+def test_bench_refuses_prompts_that_it_cannot_read(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"id": 1}\n')
     for path in (tmp_path / "bad.jsonl", tmp_path / "none.jsonl"):
         with pytest.raises(UserError):
             read_prompts(path)
-    with pytest.raises(UserError, match="Unknown peer"):
-        list(bench(pair, [], Settings(), ["abacus"]))
-
-
-def test_llama_cpp_is_a_peer_of_the_embedded_target_alone(checkpoint, monkeypatch):
-    monkeypatch.setitem(sys.modules, "xllamacpp", None)
-    pair = models.load_pair(str(checkpoint), device="cpu")
-    with pytest.raises(ModelError, match="embedded target alone"):
-        list(bench(pair, [], Settings(), ["llama.cpp"]))
-    pair.name = "embedded"
-    with pytest.raises(ModelError, match="pip install xllamacpp"):
-        list(bench(pair, [], Settings(), ["llama.cpp"]))
