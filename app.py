@@ -41,8 +41,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--max-seconds",
         type=_whole,
         metavar="S",
-        help=f"seconds after which a race is stopped, 0 for never (default: {PUBLIC.seconds:g} where other machines can "
-        "reach the page, else never)",
+        help=f"seconds after which a race is stopped, 0 for never (default: {PUBLIC.seconds:g} where other machines "
+        "can reach the page, else never)",
     )
     arguments = parser.parse_args(argv)
     arguments.limits = limits(arguments)

@@ -3,4 +3,4 @@
 from .engine import Engine, Limits
 from .layout import build, launch_options
 
-__all__ = ["Engine", "build", "launch_options"]
+__all__ = ["Engine", "Limits", "build", "launch_options"]
