@@ -17,7 +17,7 @@ import app
 from spec_decode.embedded import NAME as EMBEDDED_NAME
 from spec_decode.errors import ModelError, OutOfMemory, PromptError, SettingsError
 from spec_decode.settings import Settings
-from spec_decode.ui import Engine
+from spec_decode.ui import Engine, Limits
 from spec_decode.ui.caption import caption
 from spec_decode.ui.controls import help_updates
 from spec_decode.ui.feed import Feed
@@ -98,6 +98,49 @@ def test_stop_ends_within_a_round_and_keeps_the_text() -> None:
     assert not engine.stop("v"), "a race that is over cannot be stopped"
 
 
+def test_a_long_prompt_tells_how_far_it_is_read_and_can_be_stopped() -> None:
+    pair = FakePair(chunks=500, chunk_seconds=0.05)
+    engine = ready(pair)
+    views = run(engine, asked(), Feed())
+    told = [json.loads(next(views).batch) for _ in range(4)]
+    assert all(not batch["rounds"] and batch["phase"] == "running" for batch in told)
+    read = [batch["reading"] for batch in told[1:]]
+    assert [total for _, total in read] == [500] * 3 and 0 < read[0][0] < read[1][0] < read[2][0] < 100
+    assert engine.stop("v")
+    *_, last = views
+    assert last.trace is not None and set(last.trace.finish.values()) == {"cancelled"} and not last.trace.rounds
+    assert json.loads(last.batch)["phase"] == "done" and last.problem is None
+    views = run(engine, asked(), Feed())
+    next(views), next(views)
+    views.close()
+    wait(lambda: pair.races[1].closed)
+
+
+def test_nothing_is_said_of_the_prompt_once_there_are_tokens() -> None:
+    views = list(run(ready(FakePair(chunks=3, chunk_seconds=0.1)), asked(), Feed()))
+    batches = [json.loads(view.batch) for view in views]
+    assert any("reading" in batch for batch in batches)
+    assert not any("reading" in batch for batch in batches if batch["stats"]["baseline"]["tokens"])
+    assert views[-1].trace is not None and views[-1].notice is None
+
+
+def test_a_race_over_its_time_ends_like_stop_and_says_why() -> None:
+    engine = ready(FakePair(pace=1, context=2000), limits=Limits(seconds=0.5))
+    *_, last = run(engine, asked(settings=Settings(max_new_tokens=1000)), Feed())
+    assert last.notice is not None and "0.5 seconds" in last.notice and last.problem is None
+    assert last.trace is not None and set(last.trace.finish.values()) == {"time"} and len(last.trace.rounds) > 3
+    assert json.loads(last.batch)["phase"] == "done"
+
+
+def test_settings_over_the_limit_are_told_at_their_control() -> None:
+    limits = Limits(new_tokens=31)
+    wrong = problem(FORM, limits)
+    assert isinstance(wrong, SettingsError) and wrong.field == "max_new_tokens" and "at most 31" in str(wrong)
+    assert problem(FORM | {"max_new_tokens": 31}, limits) is None
+    with pytest.raises(SettingsError, match="at most 31"):
+        next(run(ready(FakePair(), limits=limits), asked(settings=Settings(max_new_tokens=32)), Feed()))
+
+
 def test_every_touch_of_the_model_is_on_one_thread() -> None:
     threads = set()
 
@@ -106,8 +149,8 @@ def test_every_touch_of_the_model_is_on_one_thread() -> None:
             threads.add(threading.get_ident())
             super().__init__(*args, **options)
 
-        def __iter__(self) -> Any:
-            for r in super().__iter__():
+        def steps(self) -> Any:
+            for r in super().steps():
                 threads.add(threading.get_ident())
                 yield r
 

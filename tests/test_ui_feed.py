@@ -57,7 +57,7 @@ def test_the_tally_finds_the_first_difference() -> None:
 def test_a_longer_text_is_not_identical_unless_it_was_cut_short() -> None:
     t = trace(max_new_tokens=8)
     shorter = Trace(**{**vars(t), "rounds": tuple(r for r in t.rounds if r.lane == BASELINE or r.index < 1)})
-    for finish, same in (("length", False), ("cancelled", True)):
+    for finish, same in (("length", False), ("cancelled", True), ("time", True)):
         tally = Tally()
         for r in shorter.rounds:
             tally.add(r)

@@ -105,9 +105,12 @@ class FakeRace:
             time.sleep(self.pair.chunk_seconds)
             if i + 1 < self.pair.chunks:
                 yield Reading(i + 1, self.pair.chunks)
-        yield from self
+        yield from self._rounds()
 
     def __iter__(self) -> Iterator[Round]:
+        return (step for step in self.steps() if isinstance(step, Round))
+
+    def _rounds(self) -> Iterator[Round]:
         lanes = {BASELINE: self._baseline(), SPECULATIVE: self._speculative()}
         clocks = dict.fromkeys(lanes, 0.0)
         while lanes:

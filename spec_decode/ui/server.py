@@ -70,13 +70,18 @@ class Guard:
         queue.push = self._admit  # type: ignore[method-assign]
 
     async def _admit(self, body: Any, request: Any, username: str | None) -> Any:
-        """Gradio's `push`, but for races of those who have enough of them waiting.
+        """Gradio's `push`, but for calls without all their arguments, and for races of those who have enough of them
+        waiting.
 
         Raises:
-            HTTPException: 429, with a sentence.
+            HTTPException: 400 or 429, with a sentence.
         """
-        fns = self._queue.blocks.fns
-        if body.fn_index in fns and fns[body.fn_index].concurrency_id == self._device:
+        fn = self._queue.blocks.fns.get(body.fn_index)
+        if fn is None:
+            raise HTTPException(400, "There is no such function here.")
+        if len(body.data) < len(fn.inputs):
+            raise HTTPException(400, f"The call has {len(body.data)} arguments of {len(fn.inputs)}.")
+        if fn.concurrency_id == self._device:
             line = self._queue.event_queue_per_concurrency_id.get(self._device)
             waiting = line.queue if line else []
             if body.session_hash and sum(e.session_hash == body.session_hash for e in waiting) >= WAITING:
