@@ -1,23 +1,23 @@
 """Decoding: a prompt goes in, `Round`s come out. The whole algorithm is `_decode`.
 
 In: a Target, perhaps a Drafter and a controller of draft length, the prompt's ids, a text stream, settings. Out: a
-generator of rounds; closing it ends the lane and frees its cache. A lane begins behind a prompt that was read for it
-(`Prefill`), or reads it itself, and between the chunks of a long prompt it yields a `Reading`. Baseline is the same
-loop with no drafter, so both lanes run the same arithmetic on the same noise. Knows nothing of clocks across lanes, of
-chat, or of who watches.
+generator of rounds; closing it ends the lane and frees its cache. A lane reads the prompt itself, or begins behind one
+that was read for both lanes of a race (`Prefill`). Baseline is the same loop with no drafter, so both lanes run the
+same arithmetic on the same noise. Knows nothing of clocks across lanes, of chat, or of who watches.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from copy import copy
 
 import torch
 from torch import Tensor
 
 from . import verification
-from .clock import Stopwatch
+from .clock import Stopwatch, finish
 from .draft_length import Controller
 from .drafters import Draft, Drafter
 from .errors import UserError
@@ -76,29 +76,47 @@ class Prefill:
         self.passed = None
 
 
-Lane = Iterator[Round | Reading]
+Lane = Generator[Round | Reading, None, None]
 
 
-def baseline(
-    target: Target, prompt: list[int], text: TextStream, settings: Settings, prefill: Prefill | None = None
-) -> Lane:
-    """The target alone, one token a pass. `prefill` of the prompt, where it was read before, is the lane's from now on;
-    its cache has room for the prompt and `max_new_tokens`."""
-    return _decode(BASELINE, target, None, None, prompt, text, settings, prefill)
+def baseline(target: Target, prompt: list[int], text: TextStream, settings: Settings) -> Iterator[Round]:
+    """The target alone, one token a pass."""
+    return _rounds(_decode(BASELINE, target, None, None, prompt, text, settings, None))
 
 
 def speculative(
-    target: Target,
-    drafter: Drafter,
-    lengths: Controller,
-    prompt: list[int],
-    text: TextStream,
-    settings: Settings,
-    prefill: Prefill | None = None,
-) -> Lane:
-    """The target with a drafter, one round at a time. `prefill` as for `baseline`, with hidden states if the drafter
-    needs them."""
-    return _decode(SPECULATIVE, target, drafter, lengths, prompt, text, settings, prefill)
+    target: Target, drafter: Drafter, lengths: Controller, prompt: list[int], text: TextStream, settings: Settings
+) -> Iterator[Round]:
+    """The target with a drafter, one round at a time."""
+    return _rounds(_decode(SPECULATIVE, target, drafter, lengths, prompt, text, settings, None))
+
+
+def lanes(
+    prefill: Prefill, drafter: Drafter, lengths: Controller, texts: Sequence[TextStream], settings: Settings
+) -> dict[str, Lane]:
+    """Both lanes of a race behind one reading of the prompt, which is theirs from now on.
+
+    Args:
+        prefill: read to the end, with room for `max_new_tokens` more, and with hidden states if the drafter needs them.
+        texts: one for each lane.
+
+    Returns:
+        BASELINE and SPECULATIVE. A drafter with a cache of its own reads the prompt in the speculative lane, which
+        yields a `Reading` between the chunks.
+    """
+    target, prompt, twin = prefill.target, prefill.prompt, prefill.copy()
+    finish(target.device)  # copying is on no lane's clock
+    return {
+        BASELINE: _decode(BASELINE, target, None, None, prompt, texts[0], settings, prefill),
+        SPECULATIVE: _decode(SPECULATIVE, target, drafter, lengths, prompt, texts[1], settings, twin),
+    }
+
+
+def _rounds(lane: Lane) -> Iterator[Round]:
+    with closing(lane):
+        for step in lane:
+            if isinstance(step, Round):
+                yield step
 
 
 def _decode(

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import decode
-from .clock import finish
 from .decode import Prefill
 from .draft_length import controller
 from .errors import OutOfMemory, PromptError, is_out_of_memory
@@ -110,12 +109,7 @@ class Race:
             if self._stopped.is_set():
                 return
         text = [TextStream(pair.tokenizer, ids) for _ in range(2)]
-        lengths, twin = controller(settings, pair.costs), prefill.copy()
-        finish(pair.target.device)  # copying is on no lane's clock
-        self._lanes = {
-            BASELINE: decode.baseline(pair.target, ids, text[0], settings, prefill),
-            SPECULATIVE: decode.speculative(pair.target, pair.drafter, lengths, ids, text[1], settings, twin),
-        }
+        self._lanes = decode.lanes(prefill, pair.drafter, controller(settings, pair.costs), text, settings)
 
     def stop(self, why: str = "cancelled") -> None:
         """Ends the race after the round under way, or the chunk of the prompt; may be called from any thread. `why`
@@ -130,7 +124,7 @@ class Race:
         lanes, self._lanes = self._lanes, {}
         prefill, self._prefill = self._prefill, None
         for generator in lanes.values():
-            generator.close()  # type: ignore[attr-defined]
+            generator.close()
         self.finish = {lane: self._why if why == "running" else why for lane, why in self.finish.items()}
         if prefill is None:
             return
