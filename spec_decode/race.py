@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import decode
+from .costs import learned
 from .draft_length import controller
 from .errors import OutOfMemory, PromptError, is_out_of_memory
 from .events import BASELINE, SPECULATIVE, Round, Trace
@@ -53,6 +54,7 @@ class Race:
         self.ids = _fit(pair, prompt, settings, system, truncate, thinking)
         self.rounds: list[Round] = []
         self.finish: dict[str, str] = {BASELINE: "running", SPECULATIVE: "running"}
+        self.costs = pair.learned or pair.costs  # what the race begins from
         self._stopped = threading.Event()
         self._lanes: dict[str, Iterator[Round]] = {}
 
@@ -65,7 +67,8 @@ class Race:
         """
         pair, settings = self.pair, self.settings
         text = [TextStream(pair.tokenizer, self.ids) for _ in range(2)]
-        lengths = controller(settings, pair.costs)
+        self.costs = pair.learned or pair.costs
+        lengths = controller(settings, self.costs)
         self._lanes = {
             BASELINE: decode.baseline(pair.target, self.ids, text[0], settings),
             SPECULATIVE: decode.speculative(pair.target, pair.drafter, lengths, self.ids, text[1], settings),
@@ -82,6 +85,7 @@ class Race:
                 clocks[lane] = done.clock
                 self.rounds.append(done)
                 yield done
+            self._teach()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -120,8 +124,20 @@ class Race:
             prompt_tokens=len(self.ids),
             rounds=tuple(self.rounds),
             finish=dict(self.finish),
-            costs=pair.costs,
+            costs=self.costs,
         )
+
+    def _teach(self) -> None:
+        """Leaves the pair what this race learned of its costs, for the next race's controller to begin with.
+
+        Seconds of rounds depend on what was drafted, and so on this race's noise. The next race may have the same seed,
+        and under a rule that draws independently its draft lengths must not know of noise still to be used. So only
+        races under other rules teach: greedy uses no noise, and coupled a stream of its own (`sampling.TARGET`), which
+        rules that draw independently never read; its own output does not depend on draft lengths at all.
+        """
+        if self.costs and self.settings.same_text:
+            monotone = self.pair.target.device.type == "cpu"
+            self.pair.learned = learned(self.costs, self.rounds, monotone)
 
     def _emitted(self, lane: str) -> int:
         return sum(len(r.emitted) for r in self.rounds if r.lane == lane)
