@@ -6,6 +6,7 @@ what precision. Out: a `Pair` with its measured costs, or a `ModelError` of one 
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -31,6 +32,7 @@ from .checkpoints import (
     load_tokenizer,
     read_config,
 )
+from .costs import isotonic
 from .drafters import Drafter
 from .drafters.either import EitherDrafter
 from .drafters.lookup import LookupDrafter
@@ -50,9 +52,9 @@ MTP = "mtp"
 BESIDE = f"+{LOOKUP}"  # a drafter's name may end so: prompt lookup where that does better
 OWN = f"{MTP}{BESIDE}"  # the embedded target's drafter
 SHIPPED = Path(__file__).parents[1] / "assets" / "drafter"
-_MEASURED = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+_MEASURED = (0, 1, 2, 3, 0, 4, 6, 8, 0, 12, 16)  # tokens drafted before a pass; plain steps lie between
 _DRAFTED = 5
-_MOST_REPEATS = 9
+_MOST_REPEATS = 15
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Pair:
         info: {"target", "drafter", "device", "dtype"}, as names.
         context: positions there is room for, in tokens.
         costs: of a target pass and of a draft step; measured when the pair is loaded.
+        learned: the same brought up to date by the races since, None before the first; see `Race`.
         draft_length: what the drafter's own generation config advises, or None.
         machine: what it runs on.
     """
@@ -90,6 +93,7 @@ class Pair:
         self.plan = plan
         self.context = target.context
         self.costs: Costs | None = None
+        self.learned: Costs | None = None
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -151,7 +155,7 @@ class Pair:
             if not is_out_of_memory(error):
                 raise
             raise ModelError("The drafter ran out of memory while it was loaded; the one before it stays.") from error
-        self.drafter, self.costs = drafter, costs
+        self.drafter, self.costs, self.learned = drafter, costs, None
 
 
 def load_pair(
@@ -243,7 +247,12 @@ def load_pair(
 
 def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats: int = 3) -> Costs:
     """Medians over at least `repeats` passes of each width, after one that warms up, and over more where that takes no
-    second; widths between are interpolated."""
+    second; widths between are interpolated.
+
+    Each pass is compared with the plain steps of the same turn, a few milliseconds away, so that a slow moment of the
+    machine divides out; turns go up and down in width, so that one that is getting slower does too. On a CPU wider
+    passes cannot be cheaper, and what noise put out of order is pooled. `Costs.doubt` is the scatter that was left.
+    """
     room = min(context, target.context - MAX_DRAFT_LENGTH - 1)
     tokens = torch.arange(room + MAX_DRAFT_LENGTH + 1, device=target.device) % target.vocabulary
     cache = target.new_cache(len(tokens))
@@ -258,14 +267,21 @@ def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats:
 
     for length in (0, 4):
         verify(length)
-    # Widths in turn rather than one after another, so that a slow moment of the machine does not fall on one of them.
-    samples: list[list[float]] = []
+    turns: list[list[tuple[int, float]]] = []
     begun = time.perf_counter()
-    while len(samples) < repeats or (len(samples) < _MOST_REPEATS and time.perf_counter() - begun < 1):
-        samples.append([verify(length) for length in _MEASURED])
-    known = dict(zip(_MEASURED, (median(column) for column in zip(*samples, strict=True)), strict=True))
-    step = known[0]
-    ratio = [_between(known, length) / step for length in range(MAX_DRAFT_LENGTH + 1)]
+    while len(turns) < repeats or (len(turns) < _MOST_REPEATS and time.perf_counter() - begun < 1):
+        turns.append([(length, verify(length)) for length in _MEASURED[:: -1 if len(turns) % 2 else 1]])
+    plain = [median(seconds for length, seconds in turn if length == 0) for turn in turns]
+    step = median(plain)
+    widths = sorted(set(_MEASURED))
+    ratios = [[dict(turn)[w] / alone for turn, alone in zip(turns, plain, strict=True)] for w in widths[1:]]
+    middles = [median(column) for column in ratios]
+    off = [abs(math.log(x / middle)) for column, middle in zip(ratios, middles, strict=True) for x in column]
+    doubt = 1.48 * median(off)  # of a normal distribution that is the standard deviation
+    if target.device.type == "cpu":
+        middles = isotonic([max(middle, 1.0) for middle in middles]).tolist()
+    known = dict(zip(widths, [1.0, *middles], strict=True))
+    ratio = [_between(known, length) for length in range(MAX_DRAFT_LENGTH + 1)]
 
     words = tokens[:room].tolist()
     drafter.start(words, Settings(max_new_tokens=32), len(words) + 32)
@@ -282,12 +298,12 @@ def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats:
         return seconds
 
     others = cycle(words[:: max(room // 20, 1)])  # never the same two in a row: lookup finds nothing
-    pairs = [(draft(1), draft(_DRAFTED)) for _ in samples]
+    pairs = [(draft(1), draft(_DRAFTED)) for _ in turns]
     drafter.close()
     cache.free()
     one, many = (median(column) / step for column in zip(*pairs, strict=True))
     ratio_each = min(max(many - one, 0.0) / (_DRAFTED - 1), many / _DRAFTED)
-    return Costs(step, tuple(ratio), ratio_each, max(one - ratio_each, 0.0))
+    return Costs(step, tuple(ratio), ratio_each, max(one - ratio_each, 0.0), doubt=doubt)
 
 
 def choose_threads(target: Target, int8: bool) -> int:

@@ -17,6 +17,7 @@ import torch
 
 from . import decode
 from .clock import finish
+from .costs import learned
 from .decode import Prefill
 from .draft_length import controller
 from .errors import OutOfMemory, PromptError, is_out_of_memory
@@ -56,6 +57,7 @@ class Race:
         self.ids = _fit(pair, prompt, settings, system, truncate, thinking)
         self.rounds: list[Round] = []
         self.finish: dict[str, str] = {BASELINE: "running", SPECULATIVE: "running"}
+        self.costs = pair.learned or pair.costs  # what the race begins from
         self._stopped = threading.Event()
         self._why = "cancelled"
         self._prefill: Prefill | None = None
@@ -87,6 +89,7 @@ class Race:
                     clocks[lane] = done.clock
                     self.rounds.append(done)
                 yield done
+            self._teach()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -103,6 +106,7 @@ class Race:
         pair, ids, settings = self.pair, self.ids, self.settings
         if self._stopped.is_set():
             return
+        self.costs = pair.learned or pair.costs
         prefill = Prefill(pair.target, ids, len(ids) + settings.max_new_tokens, pair.drafter.needs_hidden)
         self._prefill = prefill
         for reading in prefill:
@@ -110,7 +114,7 @@ class Race:
             if self._stopped.is_set():
                 return
         text = [TextStream(pair.tokenizer, ids) for _ in range(2)]
-        lengths, twin = controller(settings, pair.costs), prefill.copy()
+        lengths, twin = controller(settings, self.costs), prefill.copy()
         finish(pair.target.device)  # copying is on no lane's clock
         self._lanes = {
             BASELINE: decode.baseline(pair.target, ids, text[0], settings, prefill),
@@ -152,8 +156,20 @@ class Race:
             prompt_tokens=len(self.ids),
             rounds=tuple(self.rounds),
             finish=dict(self.finish),
-            costs=pair.costs,
+            costs=self.costs,
         )
+
+    def _teach(self) -> None:
+        """Leaves the pair what this race learned of its costs, for the next race's controller to begin with.
+
+        Seconds of rounds depend on what was drafted, and so on this race's noise. The next race may have the same seed,
+        and under a rule that draws independently its draft lengths must not know of noise still to be used. So only
+        races under other rules teach: greedy uses no noise, and coupled a stream of its own (`sampling.TARGET`), which
+        rules that draw independently never read; its own output does not depend on draft lengths at all.
+        """
+        if self.costs and self.settings.same_text:
+            monotone = self.pair.target.device.type == "cpu"
+            self.pair.learned = learned(self.costs, self.rounds, monotone)
 
     def _emitted(self, lane: str) -> int:
         return sum(len(r.emitted) for r in self.rounds if r.lane == lane)
