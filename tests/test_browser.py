@@ -429,15 +429,15 @@ def test_a_tapped_token_keeps_its_card_until_it_is_dismissed(browser: Any, fake_
     for dismiss in ways:
         token.tap()
         page.wait_for_timeout(150)
-        assert "draft q" in card.inner_text()
+        assert card.is_visible() and "draft q" in card.inner_text()
         dismiss()
         card.wait_for(state="hidden", timeout=1000)
         assert not visitor.focused().startswith("BODY") or dismiss is ways[0]
     page.locator('.sd-speculative .sd-text .t >> text="The"').first.tap()
     token.tap()
-    assert "accepted" in card.inner_text(), "a tap on another token shows that one"
+    assert card.is_visible() and "accepted" in card.inner_text(), "a tap on another token shows that one"
     page.tap("#sd-status .sd-term >> text=int8")
-    assert TERMS["int8"] in card.inner_text()
+    assert card.is_visible() and TERMS["int8"] in card.inner_text()
     assert visitor.errors == []
     page.close()
 
@@ -600,16 +600,17 @@ def test_terms_explain_themselves_where_they_stand(browser: Any, fake_app: Any) 
     for term in ("mtp", "int8", "KL", "γ"):
         button = page.locator(f".sd-term:visible >> text={term}").first
         button.hover()
-        assert TERMS[term] in card.inner_text()
+        assert card.is_visible() and TERMS[term] in card.inner_text()
         page.mouse.move(2, 2)
         assert card.is_hidden(), "by the pointer it comes and goes"
         page.keyboard.press("Tab")
         button.focus()
-        assert TERMS[term] in card.inner_text() and button.get_attribute("aria-description") == TERMS[term]
+        assert card.is_visible() and TERMS[term] in card.inner_text()
+        assert button.get_attribute("aria-description") == TERMS[term]
         page.keyboard.press("Enter")
         page.wait_for_timeout(20)
         page.mouse.move(5, 5)
-        assert TERMS[term] in card.inner_text()
+        assert card.is_visible() and TERMS[term] in card.inner_text()
         if term == "KL":
             assert visitor.violations() == []
         page.keyboard.press("Escape")
