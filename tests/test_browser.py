@@ -413,6 +413,8 @@ def test_accessible_before_and_after_a_race(browser: Any, fake_app: Any, theme: 
     page.keyboard.press("Control+Enter")
     visitor.phase("done")
     page.wait_for_selector('[data-plot="model"][data-state="drawn"] .main-svg')
+    page.wait_for_selector("#sd-download:not([disabled])")
+    page.wait_for_timeout(300)  # its colour changes slowly
     assert visitor.violations() == []
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "no sideways scrolling"
     assert visitor.errors == [] and visitor.outside == []
