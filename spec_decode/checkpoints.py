@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from . import catalog, cpu, memory, quantized
+from . import catalog, checksums, cpu, memory, quantized
 from .drafters.mtp import MODEL_TYPES
 from .errors import ModelError, is_out_of_memory
 
@@ -98,8 +98,9 @@ def load_assistant(path: str, device: torch.device, dtype: str, how: How | None 
     """A Gemma 4 assistant, with or without its head (see `MTPDrafter`), in a dtype of `DTYPES`.
 
     Raises:
-        ModelError: it cannot be found, fetched, read or fitted.
+        ModelError: it cannot be found, fetched, read or fitted, or it is not what its checksums say.
     """
+    checksums.check(Path(path))
     model = _from_pretrained(path, device, dtype, how or How())
     return model.eval().requires_grad_(False)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
 from transformers.models.gemma4_assistant.modeling_gemma4_assistant import Gemma4AssistantMaskedEmbedder
 
+from .. import checksums
 from ..errors import UserError
 
 KINDS = ("sliding_attention", "full_attention")  # in the order of the drafter's layers
@@ -188,6 +189,7 @@ def save(learner: Learner, folder: Path, head: bool = True, dtype: torch.dtype =
         state["model.embed_tokens.weight"] = learner.head.cpu()
     out = {n: value.to(dtype if value.is_floating_point() else value.dtype).contiguous() for n, value in state.items()}
     save_file(out, folder / "model.safetensors", metadata={"format": "pt"})
+    checksums.write(folder)
     assistant.config.shares_target_head = True
     assistant.config.dtype = dtype
     assistant.config.architectures = [type(assistant).__name__]
