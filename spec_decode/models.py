@@ -31,6 +31,7 @@ from .checkpoints import (
     load_model,
     load_tokenizer,
     read_config,
+    read_target_config,
 )
 from .costs import isotonic
 from .drafters import Drafter
@@ -55,6 +56,9 @@ SHIPPED = Path(__file__).parents[1] / "assets" / "drafter"
 _MEASURED = (0, 1, 2, 3, 0, 4, 6, 8, 0, 12, 16)  # tokens drafted before a pass; plain steps lie between
 _DRAFTED = 5
 _MOST_REPEATS = 15
+_PROBE = 8  # tokens on each side of the rollback that tries a model out
+# Of the spread of logits: more than rounding does in float32, less than a state that is not rolled back.
+_ROUNDING = 0.01
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ def load_pair(
         say("bitsandbytes works on the CPU, but slowly: expect a fraction of the speed of float32")
     path = str(embedded.prepare(say)) if target == EMBEDDED else target
     name = embedded.NAME if target == EMBEDDED else target
-    config = read_config(path, target_revision)
+    config = read_target_config(path, target_revision)
     source, beside = _drafter_source(drafter, target, config.get_text_config(decoder=True))
     if target != EMBEDDED:
         _check_memory(plan, name, config, source)
@@ -219,6 +223,8 @@ def load_pair(
     tokenizer = load_tokenizer(path, target_revision)
     try:
         lead = Target(load_model(path, place, plan.dtype, plan.target))
+        if target != EMBEDDED:
+            check_rollback(lead, name, plan.target)
         say("Loading the drafter …")
         helper = _load_drafter(source, beside, lead, tokenizer, plan)
         pair = Pair(lead, tokenizer, helper, target, plan)
@@ -233,8 +239,6 @@ def load_pair(
             choose_threads(lead, plan.dtype == "int8")
         choose_chunk(lead)
         pair.costs = measure_costs(lead, helper)
-    except ValueError as error:  # a cache that cannot roll back
-        raise ModelError(f"{target} cannot be raced: {error}.") from error
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -243,6 +247,42 @@ def load_pair(
         ) from error
     say("Ready")
     return pair
+
+
+def check_rollback(target: Target, name: str, how: How | None = None) -> None:
+    """Tries out a model on a cache of fixed size that is rolled back: what follows must be predicted as in a single
+    pass. Models with a state or a count of positions elsewhere, or that read both ways, are found out. Only in float32,
+    since rounding to fewer bits may matter as much.
+
+    Raises:
+        ModelError: the model predicts something else, or a pass fails.
+    """
+    tokens = (7 * torch.arange(2 * _PROBE, device=target.device) + 3) % target.vocabulary
+    before, after = tokens.chunk(2)
+    straight, detour = (target.new_cache(len(tokens)) for _ in range(2))
+    try:
+        expected = target.verify(tokens, straight).logits[_PROBE:]
+        target.prefill(before, detour)
+        target.verify(after.flip(0), detour)
+        detour.rollback(_PROBE)
+        found = target.verify(after, detour).logits
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelError(f"{name} cannot be used: a pass over a cache of fixed size fails ({said}).") from error
+    finally:
+        straight.free()
+        detour.free()
+    if found.dtype != torch.float32 or (how and how.precision):
+        return
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+    # The median, since a mixture may choose another expert at a near-tie.
+    if ((found - expected).norm(dim=-1) / spread).median() > _ROUNDING:
+        raise ModelError(
+            f"{name} cannot be used: after a rollback it predicts something else than before, so it keeps a state "
+            "beside its cache or reads text in both directions."
+        )
 
 
 def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats: int = 3) -> Costs:
@@ -407,6 +447,7 @@ def _load_model_drafter(source: str, target: Target, tokenizer: Any, plan: Plan)
         return MTPDrafter(assistant, target, name, int8=plan.dtype == "int8")
     check_same_vocabulary(tokenizer, load_tokenizer(source, how.revision))
     model = Target(load_model(source, place, plan.dtype, how))
+    check_rollback(model, source, how)
     choose_chunk(model)
     name = embedded.NAME if source == str(embedded.cache_dir() / embedded.NAME) else source
     return ModelDrafter(model, name, target.vocabulary, target.device)
@@ -453,10 +494,16 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"Unknown device {name!r}; choose auto, cpu, cuda or mps.") from error
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ModelError(f"Unknown device {name!r}; choose auto, cpu, cuda or mps.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("No CUDA device is available; choose --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"There is no {name}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0 on."
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ModelError("Apple's MPS is not available here; choose --device cpu.")
     return device

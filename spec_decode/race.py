@@ -23,7 +23,7 @@ from .draft_length import controller
 from .errors import OutOfMemory, PromptError, is_out_of_memory
 from .events import BASELINE, SPECULATIVE, Reading, Round, Trace
 from .settings import Settings
-from .text import TextStream, encode_chat, require_text
+from .text import TextStream, check_prompt, encode_chat, require_text
 
 if TYPE_CHECKING:
     from .models import Pair
@@ -179,9 +179,13 @@ def _fit(pair: Pair, prompt: str, settings: Settings, system: str | None, trunca
     require_text("prompt", prompt)
     if system is not None:
         require_text("system prompt", system)
-    if not prompt.strip():
-        raise PromptError("The prompt is empty; type something for the model to answer.")
+    check_prompt(prompt)
     ids = encode_chat(pair.tokenizer, prompt, system, thinking)
+    if max(ids, default=0) >= pair.target.vocabulary:
+        raise PromptError(
+            f"The tokenizer makes token {max(ids)} of this prompt, and the target knows {pair.target.vocabulary:,} "
+            "tokens; it belongs to another model."
+        )
     limit = pair.context - settings.max_new_tokens
     if len(ids) <= limit:
         return ids
