@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from ipaddress import ip_address
 from typing import Any
@@ -56,6 +57,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Serve until interrupted; returns the exit code."""
     arguments = parse(argv)
+    if why := _unbindable(arguments.host):
+        print(
+            f"app.py: cannot serve on {arguments.host}: {why}; choose an address of this machine with --host.",
+            file=sys.stderr,
+        )
+        return 1
 
     def load(progress: Any) -> Any:
         from spec_decode.models import load_pair
@@ -118,6 +125,26 @@ def _whole(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or len(text) > 9:
         raise argparse.ArgumentTypeError(f"a whole number, 0 for no limit, not {text[:80]!r}")
     return int(text)
+
+
+def _unbindable(host: str) -> str | None:
+    """Why nothing can listen on `host`, whatever the port; None where something can."""
+    why: str | None = None
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host.strip("[]") or None, 0, type=socket.SOCK_STREAM
+        ):
+            with socket.socket(family, kind, protocol) as tried:
+                try:
+                    tried.bind(address)
+                    return None
+                except OSError as error:
+                    why = error.strerror or str(error)
+    except OSError as error:
+        why = error.strerror or str(error)
+    except ValueError:
+        why = "it is no address"
+    return why
 
 
 def _port(text: str) -> int:

@@ -30,6 +30,7 @@ function look() {
   };
   const c = { font: getComputedStyle(root).fontFamily };
   for (const name of ["ink", "muted", "line", "accent", "base", "bonus"]) c[name] = colour(name);
+  c.soft = colour("accent-soft");
   probe.remove();
   return c;
 }
@@ -73,13 +74,17 @@ const draws = {
     const m = data.final.model;
     const traces = [];
     if (m.predicted.length) {
-      traces.push({ x: m.lengths, y: m.predicted, name: "predicted", mode: "lines+markers", line: { color: c.accent, width: 2.5 }, marker: { size: 6 }, hovertemplate: "γ = %{x}: %{y:.2f}× predicted<extra></extra>" });
-      traces.push({ x: [m.best], y: [m.predicted[m.best - 1]], name: "best γ = " + m.best, mode: "markers", marker: { symbol: "circle-open", size: 15, color: c.accent, line: { width: 2.5 } }, hoverinfo: "skip" });
+      const there = m.lengths, back = [...there].reverse();
+      traces.push({ x: [...there, ...back], y: [...m.high, ...[...m.low].reverse()], name: "90 % band", mode: "lines", fill: "toself", fillcolor: c.soft, line: { width: 1, color: c.accent, dash: "dot" }, hoverinfo: "skip" });
+      traces.push({ x: there, y: m.predicted, customdata: m.low.map((low, i) => [low, m.high[i]]), name: "predicted", mode: "lines+markers", line: { color: c.accent, width: 2.5 }, marker: { size: 6 }, hovertemplate: "γ = %{x}: %{y:.2f}× predicted, %{customdata[0]:.2f}–%{customdata[1]:.2f}×<extra></extra>" });
+      if (m.best) traces.push({ x: [m.best], y: [m.predicted[m.best - 1]], name: "best γ = " + m.best, mode: "markers", marker: { symbol: "circle-open", size: 15, color: c.accent, line: { width: 2.5 } }, hoverinfo: "skip" });
     }
-    const near = m.measured[0].map((n, i) => [n, m.measured[1][i]]).filter(([n]) => n >= 1 && n <= 8);
-    if (near.length) traces.push({ x: near.map((p) => p[0]), y: near.map((p) => p[1]), name: "measured", mode: "markers", marker: { symbol: "diamond", size: 9, color: c.bonus }, hovertemplate: "γ = %{x}: %{y:.2f}× measured<extra></extra>" });
+    const near = m.measured[0].map((n, i) => [n, m.measured[1][i]]).filter(([n]) => n <= 8);
+    if (near.length) traces.push({ x: near.map((p) => p[0]), y: near.map((p) => p[1]), name: "this race", mode: "markers", marker: { symbol: "diamond", size: 9, color: c.bonus }, hovertemplate: "γ = %{x}: %{y:.2f}× in this race<extra></extra>" });
+    if (m.adaptive) traces.push({ x: [0.5, 8.5], y: [m.adaptive, m.adaptive], name: "this race, γ changing", mode: "lines", line: { color: c.bonus, width: 1.5, dash: "dash" }, hovertemplate: "%{y:.2f}× in this race<extra></extra>" });
     const base = { type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { color: c.base, width: 1.5, dash: "dot" } };
-    return [traces, { ...layout(c, { title: "draft length γ", range: [0.5, 8.5], dtick: 1, rangemode: "normal" }, { title: "speedup ×" }), shapes: [base] }];
+    return [traces, { ...layout(c, { title: "draft length γ", range: [0.5, 8.5], dtick: 1, rangemode: "normal" }, { title: "speedup ×" }), shapes: [base],
+      annotations: m.predicted.length && !m.best ? [{ text: "no single best γ", xref: "paper", yref: "paper", x: 1, y: 0, xanchor: "right", yanchor: "bottom", showarrow: false, font: { size: 11, color: c.muted } }] : [] }];
   },
 };
 
@@ -88,7 +93,8 @@ function says(name) {
   if (name === "rate") return "Tokens per second over lane time. Baseline " + (last(data.rate.baseline[1]) ?? "–") + ", speculative " + (last(data.rate.speculative[1]) ?? "–") + " at the end.";
   if (name === "acceptance") return "Acceptance rate per round. Running mean " + Math.round(100 * (last(data.acceptance[2]) ?? 0)) + " percent.";
   if (name === "passes") return "Tokens per target pass: " + data.final.passes[0].map((n, i) => data.final.passes[1][i] + " passes gave " + n).join(", ") + ".";
-  return "Predicted speedup by draft length: " + data.final.model.predicted.map((s, i) => i + 1 + ": " + s).join(", ") + ". Best " + data.final.model.best + ".";
+  const m = data.final.model;
+  return "Predicted speedup by draft length, with the 90 percent band: " + m.predicted.map((x, i) => m.lengths[i] + ": " + x + ", " + m.low[i] + " to " + m.high[i]).join("; ") + ". " + (m.best ? "Best " + m.best + "." : "No single best.");
 }
 
 // Drawing must not take the machine from an engine that runs on it too: about one part in 25 of the time at most.
@@ -112,7 +118,7 @@ async function draw() {
   const wanted = data.final ? ["rate", "acceptance", "passes", "model"] : ["rate", "acceptance"];
   for (const name of Object.keys(boxes)) {
     const box = boxes[name], canvas = box.querySelector(".sd-canvas");
-    const empty = name === "model" && data.final && !data.final.model.predicted.length && !data.final.model.measured[0].length;
+    const empty = name === "model" && data.final && !data.final.model.predicted.length;
     const full = wanted.includes(name) && !empty;
     box.dataset.state = full ? "drawn" : data.final ? "none" : "waiting";
     if (!full) continue;

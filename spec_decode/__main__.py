@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 from . import flags
 from .errors import ModelError, OutOfMemory, UserError
 from .settings import RULES, Settings
+from .text import check_prompt
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"spec_decode: {error}", file=sys.stderr)
         return 1 if isinstance(error, (ModelError, OutOfMemory)) else 2
+    except OSError as error:  # a full disk, a reader of our output that has gone
+        print(f"spec_decode: {error}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -34,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def _race(arguments: argparse.Namespace) -> None:
     settings, choice = _settings(arguments), flags.read(arguments)
     _check_writable(arguments.trace)
+    check_prompt(arguments.prompt)
     from .metrics import race_report
     from .models import load_pair
     from .race import Race
@@ -43,10 +50,10 @@ def _race(arguments: argparse.Namespace) -> None:
     for _ in race:
         pass
     trace = race.trace
-    if arguments.trace:
-        Path(arguments.trace).write_text(trace.to_json(), encoding="utf-8")
     report = race_report(trace)
     print(json.dumps(report, ensure_ascii=False) if arguments.json else _describe(report))
+    if arguments.trace:
+        Path(arguments.trace).write_text(trace.to_json(), encoding="utf-8")
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -76,7 +83,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _train_drafter(arguments: argparse.Namespace) -> None:
-    _check_writable(arguments.out)
+    _check_folder(arguments.out)
     from .embedded import cache_dir
     from .training.data import Writing
     from .training.recipe import Recipe, run
@@ -113,7 +120,9 @@ def _train_drafter(arguments: argparse.Namespace) -> None:
     writing = Writing(slots=arguments.slots, length=arguments.length, answer=tuple(arguments.answer))
     if heat:
         writing = replace(writing, temperatures=tuple((t, 1 / len(heat)) for t in heat))
-    if arguments.data:  # prompts that are given are kept whole where there is room
+    if arguments.turn:
+        writing = replace(writing, prompt=arguments.turn)
+    elif arguments.data:  # prompts that are given are kept whole where there is room
         writing = replace(writing, prompt=max(writing.prompt, writing.length - writing.answer[1] - 18))
     report = run(recipe, training, writing, _progress)
     print(json.dumps(report, indent=1))
@@ -122,8 +131,10 @@ def _train_drafter(arguments: argparse.Namespace) -> None:
 def _models(arguments: argparse.Namespace) -> None:
     try:
         room = None if arguments.memory is None else float(arguments.memory)
-    except ValueError as error:
-        raise UserError(f"--memory takes a number of gigabytes, not {arguments.memory!r}.") from error
+    except ValueError:
+        room = math.nan
+    if room is not None and not 0 < room < math.inf:
+        raise UserError(f"--memory takes a number of gigabytes above 0, not {arguments.memory!r}.")
     from .listing import listing, table
     from .models import find_device
 
@@ -151,6 +162,12 @@ def _add_training(command: argparse.ArgumentParser) -> None:
     command.add_argument("--unroll", type=int, default=4, metavar="N", help="draft steps learnt at once")
     command.add_argument("--slots", type=int, default=96, metavar="N", help="texts written at once")
     command.add_argument("--length", type=int, default=352, metavar="N", help="most tokens of a text")
+    command.add_argument(
+        "--turn",
+        type=int,
+        metavar="N",
+        help="most tokens of a user turn (default: 150, with --data all there is room for)",
+    )
     command.add_argument(
         "--answer", type=int, nargs=2, default=(64, 224), metavar=("LOW", "HIGH"), help="tokens after which it is cut"
     )
@@ -211,8 +228,33 @@ def _progress(line: str) -> None:
 
 def _check_writable(path: str | None) -> None:
     """Better refused now than after minutes of work."""
-    if path and not Path(path).absolute().parent.is_dir():
+    if not path:
+        return
+    file = Path(path)
+    try:
+        if not file.absolute().parent.is_dir():
+            raise UserError(f"Cannot write {path}: its folder does not exist.")
+        if file.is_dir():
+            raise UserError(f"Cannot write {path}: it is a folder.")
+        if not os.path.lexists(file):
+            file.open("xb").close()
+            file.unlink()
+        elif file.is_file():
+            file.open("ab").close()
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"Cannot write {path!r}: {error}.") from error
+
+
+def _check_folder(path: Path) -> None:
+    """As `_check_writable`, of a folder that is there or will be made in one that is."""
+    if not path.absolute().parent.is_dir():
         raise UserError(f"Cannot write {path}: its folder does not exist.")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"Cannot write into {path}: it is a file.")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK | os.X_OK):
+        raise UserError(f"Cannot write into {path}: Permission denied.")
 
 
 def _parser() -> argparse.ArgumentParser:

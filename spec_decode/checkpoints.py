@@ -1,7 +1,8 @@
 """Checkpoints: a Hub id or a local directory goes in; a configuration, a tokenizer or a model on its device comes out.
 
 safetensors only, no remote code, and no request but for the repository that was named. Whatever transformers and the
-Hub raise becomes a `ModelError` of one sentence. Knows nothing of pairs.
+Hub raise becomes a `ModelError` of one sentence. What cannot be raced is refused by its configuration, before its
+weights are fetched. Knows nothing of pairs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,7 +30,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from . import catalog, cpu, memory, quantized
+from . import catalog, checksums, cpu, memory, quantized
+from .cache import layer_kinds
 from .drafters.mtp import MODEL_TYPES
 from .errors import ModelError, is_out_of_memory
 
@@ -37,6 +41,8 @@ DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "int8": torch.float32,  # loaded so, then quantized: see cpu
 }
+SHORTEST_CONTEXT = 32  # positions: a draft of the longest kind and something before it
+_OTHER_FORMATS = (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack")
 _TOWERS = ("gemma4", "gemma4_unified")  # their checkpoints hold vision and audio too, which are left on the disk
 
 
@@ -58,19 +64,107 @@ class How:
 
 
 def read_config(path: str, revision: str | None = None) -> Any:
-    """The configuration of what `load_model` would load: of a multimodal Gemma 4, its text model's.
+    """The configuration of what `load_model` or `load_assistant` would load: of a multimodal Gemma 4, its text model's.
 
     Raises:
-        ModelError: it cannot be found, fetched or read.
+        ModelError: it cannot be found, fetched or read, or is of a model that can neither be raced nor draft.
     """
+    _check_directory(path)
     with _OneSentence(path, revision, "config"):
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    if config.model_type not in _TOWERS:
-        return config
-    text = config.get_text_config(decoder=True)
-    if hasattr(config, "quantization_config"):
-        text.quantization_config = config.quantization_config
-    return text
+    if config.model_type in _TOWERS:
+        text = config.get_text_config(decoder=True)
+        if hasattr(config, "quantization_config"):
+            text.quantization_config = config.quantization_config
+        config = text
+    _check_architecture(path, config)
+    return config
+
+
+def read_target_config(path: str, revision: str | None = None) -> Any:
+    """As `read_config`, of a model that can stand alone.
+
+    Raises:
+        ModelError: as `read_config`; it is a drafter of Gemma 4's; its context is too short for a draft.
+    """
+    config = read_config(path, revision)
+    if is_assistant(config):
+        raise ModelError(
+            f"{path} is an MTP drafter and writes nothing alone; name it with --drafter, beside its target."
+        )
+    context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(context, int) and context and context < SHORTEST_CONTEXT:
+        raise ModelError(f"{path} has a context of {context} tokens; a race takes at least {SHORTEST_CONTEXT}.")
+    return config
+
+
+def _check_architecture(path: str, config: Any) -> None:
+    """Raises ModelError for a model that does not write text a token at a time, or whose state cannot roll back."""
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise ModelError(f"{path} cannot be used: {kind} has an encoder and a decoder; choose a decoder-only model.")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{path} cannot be used: {kind} is no causal language model to transformers; choose a decoder-only model "
+            "that writes text."
+        )
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True):
+        raise ModelError(
+            f"{path} cannot be used: this {kind} is an encoder, which reads text in both directions; choose a "
+            "decoder-only model that writes it."
+        )
+    try:
+        layer_kinds(config)
+    except ValueError as error:
+        raise ModelError(f"{path} cannot be used: {error}; choose a model of attention layers alone.") from error
+    if getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_is_stateful", False):
+        raise ModelError(
+            f"{path} cannot be used: {kind} has recurrent layers, whose state cannot roll back; choose a model of "
+            "attention layers alone."
+        )
+
+
+def _check_directory(path: str) -> None:
+    """Refuses local files that only look like a checkpoint. What is not on this disk may be on the Hub.
+
+    Raises:
+        ModelError: it is a file, cannot be read, or holds Git LFS pointers, an adapter or another format.
+    """
+    home = Path(path)
+    try:
+        if home.is_file():
+            raise ModelError(
+                f"{path} is a file; name the directory of a safetensors checkpoint instead (GGUF files are not read)."
+            )
+        if not home.is_dir():
+            return
+        files = sorted(file for file in home.iterdir() if file.is_file())
+        pointers = [file.name for file in files if _is_pointer(file)]
+    except OSError as error:  # a name that is too long, too
+        raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ModelError(f"{path!r} is no path: {error}.") from error
+    names = [file.name for file in files]
+    if pointers:
+        raise ModelError(
+            f"{path} holds Git LFS pointers instead of the files themselves ({', '.join(pointers[:3])}); fetch them "
+            "with `git lfs pull`."
+        )
+    if "config.json" not in names and "adapter_config.json" in names:
+        raise ModelError(f"{path} holds an adapter alone; merge it into its base model (merge_and_unload of peft).")
+    other = [
+        name for name in names if name.endswith((".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack"))
+    ]
+    if other and not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        raise ModelError(f"{path} holds its weights as {other[0]}; only safetensors checkpoints are read.")
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether this is what Git leaves in place of a large file that Git LFS has not fetched."""
+    if file.stat().st_size > 1024:
+        return False
+    with file.open("rb") as opened:
+        return opened.read(40).startswith(b"version https://git-lfs.github.com/spec/")
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:
@@ -89,7 +183,9 @@ def load_model(path: str, device: torch.device, dtype: str, how: How | None = No
     Raises:
         ModelError: it cannot be found, fetched, read or fitted.
     """
-    model = _from_pretrained(path, device, dtype, how or How())
+    how = how or How()
+    read_target_config(path, how.revision)
+    model = _from_pretrained(path, device, dtype, how)
     with _OneSentence(path):
         return (cpu.quantize(model) if dtype == "int8" else model).eval().requires_grad_(False)
 
@@ -98,8 +194,9 @@ def load_assistant(path: str, device: torch.device, dtype: str, how: How | None 
     """A Gemma 4 assistant, with or without its head (see `MTPDrafter`), in a dtype of `DTYPES`.
 
     Raises:
-        ModelError: it cannot be found, fetched, read or fitted.
+        ModelError: it cannot be found, fetched, read or fitted, or it is not what its checksums say.
     """
+    checksums.check(Path(path))
     model = _from_pretrained(path, device, dtype, how or How())
     return model.eval().requires_grad_(False)
 

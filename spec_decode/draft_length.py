@@ -127,6 +127,7 @@ class Adaptive:
         self.modelled = [costs.step_seconds * costs.round(g) for g in range(longest + 1)]
         self.scale = [1.0] * (longest + 1)  # measured over modelled seconds, 1 until measured
         self.seen = [False] * (longest + 1)
+        self.all_taken = self.all_modelled = self.modelled[0]  # seconds of all rounds, decayed
         self.since_draft = 0
         self.patience = 8
         self.probe = False
@@ -148,7 +149,8 @@ class Adaptive:
     def go_on(self) -> GoOn:
         """Ends a draft where the next token, that has to be reached first, is likelier to cost time than to save it."""
         rate = max(self._rate(0), self.brought / self.took if self.took else 0.0)
-        costs = [(self.modelled[n + 1] - self.modelled[n]) * self.scale[0] for n in range(self.longest)]
+        pace = self.all_taken / self.all_modelled
+        costs = [(self.modelled[n + 1] - self.modelled[n]) * pace for n in range(self.longest)]
         least = [rate * cost * tried / taken for cost, tried, taken in zip(costs, self.tried, self.taken, strict=True)]
         chances = [taken / tried for taken, tried in zip(self.sure_taken, self.sure_tried, strict=True)]
         self.latest = GoOn(chances, [*least, np.inf])
@@ -176,9 +178,9 @@ class Adaptive:
             self.brought = decay * self.brought + (promised if sure else len(round.emitted))
             self.took = decay * self.took + round.seconds
         if drafted <= self.longest and round.seconds > 0:
-            # A length's first round sets its scale, so every length is judged by what it took itself; what others took
-            # says little about it (a kernel may fall off a cliff between two widths). Those not in use drift towards
-            # what is seen now, so that one unlucky round is not held against a length for ever.
+            # A length's first round sets its scale, so every length is judged by what it took itself (a kernel may fall
+            # off a cliff between two widths), and one that never was by the nearest that was. Those not in use drift
+            # towards what is seen now, so that one unlucky round is not held against a length for ever.
             error = min(max(round.seconds / self.modelled[drafted], 0.1), 10.0)
             for g in range(self.longest + 1):
                 if g == drafted:
@@ -186,6 +188,15 @@ class Adaptive:
                 elif self.seen[g]:
                     self.scale[g] += 0.005 * (error - self.scale[g])
             self.seen[drafted] = True
+            # Where drafts are faster than modelled, so is a plain step that was never seen; where they are slower, it
+            # is taken to be as modelled, and will be tried.
+            known = [g for g in range(1, self.longest + 1) if self.seen[g]]
+            for g in range(self.longest + 1) if known else ():
+                if not self.seen[g]:
+                    nearest = self.scale[min(known, key=lambda k: abs(k - g))]
+                    self.scale[g] = nearest if g else min(nearest, 1.0)
+            self.all_taken = self.decay * self.all_taken + round.seconds
+            self.all_modelled = self.decay * self.all_modelled + self.modelled[drafted]
         if drafted == 0:
             self.since_draft += 1
         else:

@@ -116,18 +116,26 @@ class Costs:
 
     `step_seconds` is a target pass over one token; `verify_ratio[γ]` is v(γ), a target pass over γ + 1 tokens in
     units of it (so v(0) = 1); `draft_ratio` is c, one drafted token in the same unit, and `draft_start` what the first
-    of a draft costs beyond that (its weights come from memory, those of the next ones do not).
+    of a draft costs beyond that (its weights come from memory, those of the next ones do not). `other_ratio` is what
+    else a round takes where there is a drafter; a race tells it, see `costs.learned`. `doubt` is the relative scatter
+    of the samples that the ratios were measured from.
     """
 
     step_seconds: float
     verify_ratio: tuple[float, ...]
     draft_ratio: float
     draft_start: float = 0.0
+    other_ratio: float = 0.0
+    doubt: float = 0.1
+
+    def draft(self, length: int) -> float:
+        """A draft of that length, in target passes over one token: length·c, and the start if length > 0."""
+        return length * self.draft_ratio + (self.draft_start if length else 0.0)
 
     def round(self, draft_length: int) -> float:
-        """A round of that draft length, in target passes over one token: v(γ) + γ·c, and the start if γ > 0."""
+        """A round of that draft length, in target passes over one token: v(γ), the draft, and the rest."""
         verify = self.verify_ratio[min(draft_length, len(self.verify_ratio) - 1)]
-        return verify + draft_length * self.draft_ratio + (self.draft_start if draft_length else 0.0)
+        return verify + self.draft(draft_length) + self.other_ratio
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -67,9 +67,20 @@ class Part:
 
 
 def empty(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration, without storage."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The model of a configuration, without storage.
+
+    Raises:
+        ModelError: there is no model with such numbers.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"{config.name_or_path or 'This model'} has a config.json of which no {config.model_type} model can be "
+            f"made ({type(error).__name__}: {said})."
+        ) from error
 
 
 def weights(
@@ -99,6 +110,7 @@ def _workspace(model: PreTrainedModel, dtype: torch.dtype) -> int:
     sampling makes of them."""
     config: Any = model.config.get_text_config(decoder=True)
     mlp = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    mlp = max(mlp) if isinstance(mlp, list) else mlp
     passing = ROOM * (8 * config.hidden_size + 3 * mlp) * dtype.itemsize
     masks = 2 * ROOM * bucket(ROOM) * dtype.itemsize
     return passing + masks + 6 * (MAX_DRAFT_LENGTH + 1) * config.vocab_size * 4

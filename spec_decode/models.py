@@ -6,6 +6,7 @@ what precision. Out: a `Pair` with its measured costs, or a `ModelError` of one 
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -30,7 +31,9 @@ from .checkpoints import (
     load_model,
     load_tokenizer,
     read_config,
+    read_target_config,
 )
+from .costs import isotonic
 from .drafters import Drafter
 from .drafters.either import EitherDrafter
 from .drafters.lookup import LookupDrafter
@@ -50,9 +53,12 @@ MTP = "mtp"
 BESIDE = f"+{LOOKUP}"  # a drafter's name may end so: prompt lookup where that does better
 OWN = f"{MTP}{BESIDE}"  # the embedded target's drafter
 SHIPPED = Path(__file__).parents[1] / "assets" / "drafter"
-_MEASURED = (0, 1, 2, 3, 4, 6, 8, 12, 16)
+_MEASURED = (0, 1, 2, 3, 0, 4, 6, 8, 0, 12, 16)  # tokens drafted before a pass; plain steps lie between
 _DRAFTED = 5
-_MOST_REPEATS = 9
+_MOST_REPEATS = 15
+_PROBE = 8  # tokens on each side of the rollback that tries a model out
+# Of the spread of logits: more than rounding does in float32, less than a state that is not rolled back.
+_ROUNDING = 0.01
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Pair:
         info: {"target", "drafter", "device", "dtype"}, as names.
         context: positions there is room for, in tokens.
         costs: of a target pass and of a draft step; measured when the pair is loaded.
+        learned: the same brought up to date by the races since, None before the first; see `Race`.
         draft_length: what the drafter's own generation config advises, or None.
         machine: what it runs on.
     """
@@ -90,6 +97,7 @@ class Pair:
         self.plan = plan
         self.context = target.context
         self.costs: Costs | None = None
+        self.learned: Costs | None = None
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -151,7 +159,7 @@ class Pair:
             if not is_out_of_memory(error):
                 raise
             raise ModelError("The drafter ran out of memory while it was loaded; the one before it stays.") from error
-        self.drafter, self.costs = drafter, costs
+        self.drafter, self.costs, self.learned = drafter, costs, None
 
 
 def load_pair(
@@ -207,7 +215,7 @@ def load_pair(
         say("bitsandbytes works on the CPU, but slowly: expect a fraction of the speed of float32")
     path = str(embedded.prepare(say)) if target == EMBEDDED else target
     name = embedded.NAME if target == EMBEDDED else target
-    config = read_config(path, target_revision)
+    config = read_target_config(path, target_revision)
     source, beside = _drafter_source(drafter, target, config.get_text_config(decoder=True))
     if target != EMBEDDED:
         _check_memory(plan, name, config, source)
@@ -215,6 +223,8 @@ def load_pair(
     tokenizer = load_tokenizer(path, target_revision)
     try:
         lead = Target(load_model(path, place, plan.dtype, plan.target))
+        if target != EMBEDDED:
+            check_rollback(lead, name, plan.target)
         say("Loading the drafter …")
         helper = _load_drafter(source, beside, lead, tokenizer, plan)
         pair = Pair(lead, tokenizer, helper, target, plan)
@@ -229,8 +239,6 @@ def load_pair(
             choose_threads(lead, plan.dtype == "int8")
         choose_chunk(lead)
         pair.costs = measure_costs(lead, helper)
-    except ValueError as error:  # a cache that cannot roll back
-        raise ModelError(f"{target} cannot be raced: {error}.") from error
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -241,9 +249,50 @@ def load_pair(
     return pair
 
 
+def check_rollback(target: Target, name: str, how: How | None = None) -> None:
+    """Tries out a model on a cache of fixed size that is rolled back: what follows must be predicted as in a single
+    pass. Models with a state or a count of positions elsewhere, or that read both ways, are found out. Only in float32,
+    since rounding to fewer bits may matter as much.
+
+    Raises:
+        ModelError: the model predicts something else, or a pass fails.
+    """
+    tokens = (7 * torch.arange(2 * _PROBE, device=target.device) + 3) % target.vocabulary
+    before, after = tokens.chunk(2)
+    straight, detour = (target.new_cache(len(tokens)) for _ in range(2))
+    try:
+        expected = target.verify(tokens, straight).logits[_PROBE:]
+        target.prefill(before, detour)
+        target.verify(after.flip(0), detour)
+        detour.rollback(_PROBE)
+        found = target.verify(after, detour).logits
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ModelError(f"{name} cannot be used: a pass over a cache of fixed size fails ({said}).") from error
+    finally:
+        straight.free()
+        detour.free()
+    if found.dtype != torch.float32 or (how and how.precision):
+        return
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+    # The median, since a mixture may choose another expert at a near-tie.
+    if ((found - expected).norm(dim=-1) / spread).median() > _ROUNDING:
+        raise ModelError(
+            f"{name} cannot be used: after a rollback it predicts something else than before, so it keeps a state "
+            "beside its cache or reads text in both directions."
+        )
+
+
 def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats: int = 3) -> Costs:
     """Medians over at least `repeats` passes of each width, after one that warms up, and over more where that takes no
-    second; widths between are interpolated."""
+    second; widths between are interpolated.
+
+    Each pass is compared with the plain steps of the same turn, a few milliseconds away, so that a slow moment of the
+    machine divides out; turns go up and down in width, so that one that is getting slower does too. On a CPU wider
+    passes cannot be cheaper, and what noise put out of order is pooled. `Costs.doubt` is the scatter that was left.
+    """
     room = min(context, target.context - MAX_DRAFT_LENGTH - 1)
     tokens = torch.arange(room + MAX_DRAFT_LENGTH + 1, device=target.device) % target.vocabulary
     cache = target.new_cache(len(tokens))
@@ -258,14 +307,21 @@ def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats:
 
     for length in (0, 4):
         verify(length)
-    # Widths in turn rather than one after another, so that a slow moment of the machine does not fall on one of them.
-    samples: list[list[float]] = []
+    turns: list[list[tuple[int, float]]] = []
     begun = time.perf_counter()
-    while len(samples) < repeats or (len(samples) < _MOST_REPEATS and time.perf_counter() - begun < 1):
-        samples.append([verify(length) for length in _MEASURED])
-    known = dict(zip(_MEASURED, (median(column) for column in zip(*samples, strict=True)), strict=True))
-    step = known[0]
-    ratio = [_between(known, length) / step for length in range(MAX_DRAFT_LENGTH + 1)]
+    while len(turns) < repeats or (len(turns) < _MOST_REPEATS and time.perf_counter() - begun < 1):
+        turns.append([(length, verify(length)) for length in _MEASURED[:: -1 if len(turns) % 2 else 1]])
+    plain = [median(seconds for length, seconds in turn if length == 0) for turn in turns]
+    step = median(plain)
+    widths = sorted(set(_MEASURED))
+    ratios = [[dict(turn)[w] / alone for turn, alone in zip(turns, plain, strict=True)] for w in widths[1:]]
+    middles = [median(column) for column in ratios]
+    off = [abs(math.log(x / middle)) for column, middle in zip(ratios, middles, strict=True) for x in column]
+    doubt = 1.48 * median(off)  # of a normal distribution that is the standard deviation
+    if target.device.type == "cpu":
+        middles = isotonic([max(middle, 1.0) for middle in middles]).tolist()
+    known = dict(zip(widths, [1.0, *middles], strict=True))
+    ratio = [_between(known, length) for length in range(MAX_DRAFT_LENGTH + 1)]
 
     words = tokens[:room].tolist()
     drafter.start(words, Settings(max_new_tokens=32), len(words) + 32)
@@ -282,12 +338,12 @@ def measure_costs(target: Target, drafter: Drafter, context: int = 128, repeats:
         return seconds
 
     others = cycle(words[:: max(room // 20, 1)])  # never the same two in a row: lookup finds nothing
-    pairs = [(draft(1), draft(_DRAFTED)) for _ in samples]
+    pairs = [(draft(1), draft(_DRAFTED)) for _ in turns]
     drafter.close()
     cache.free()
     one, many = (median(column) / step for column in zip(*pairs, strict=True))
     ratio_each = min(max(many - one, 0.0) / (_DRAFTED - 1), many / _DRAFTED)
-    return Costs(step, tuple(ratio), ratio_each, max(one - ratio_each, 0.0))
+    return Costs(step, tuple(ratio), ratio_each, max(one - ratio_each, 0.0), doubt=doubt)
 
 
 def choose_threads(target: Target, int8: bool) -> int:
@@ -391,6 +447,7 @@ def _load_model_drafter(source: str, target: Target, tokenizer: Any, plan: Plan)
         return MTPDrafter(assistant, target, name, int8=plan.dtype == "int8")
     check_same_vocabulary(tokenizer, load_tokenizer(source, how.revision))
     model = Target(load_model(source, place, plan.dtype, how))
+    check_rollback(model, source, how)
     choose_chunk(model)
     name = embedded.NAME if source == str(embedded.cache_dir() / embedded.NAME) else source
     return ModelDrafter(model, name, target.vocabulary, target.device)
@@ -437,10 +494,16 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"Unknown device {name!r}; choose auto, cpu, cuda or mps.") from error
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ModelError(f"Unknown device {name!r}; choose auto, cpu, cuda or mps.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("No CUDA device is available; choose --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"There is no {name}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0 on."
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ModelError("Apple's MPS is not available here; choose --device cpu.")
     return device

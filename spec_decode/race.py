@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import decode
+from .costs import learned
 from .decode import Prefill
 from .draft_length import controller
 from .errors import OutOfMemory, PromptError, is_out_of_memory
 from .events import BASELINE, SPECULATIVE, Reading, Round, Trace
 from .settings import Settings
-from .text import TextStream, encode_chat, require_text
+from .text import TextStream, check_prompt, encode_chat, require_text
 
 if TYPE_CHECKING:
     from .models import Pair
@@ -55,6 +56,7 @@ class Race:
         self.ids = _fit(pair, prompt, settings, system, truncate, thinking)
         self.rounds: list[Round] = []
         self.finish: dict[str, str] = {BASELINE: "running", SPECULATIVE: "running"}
+        self.costs = pair.learned or pair.costs  # what the race begins from
         self._stopped = threading.Event()
         self._why = "cancelled"
         self._prefill: Prefill | None = None
@@ -86,6 +88,7 @@ class Race:
                     clocks[lane] = done.clock
                     self.rounds.append(done)
                 yield done
+            self._teach()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -102,6 +105,7 @@ class Race:
         pair, ids, settings = self.pair, self.ids, self.settings
         if self._stopped.is_set():
             return
+        self.costs = pair.learned or pair.costs
         prefill = Prefill(pair.target, ids, len(ids) + settings.max_new_tokens, pair.drafter.needs_hidden)
         self._prefill = prefill
         for reading in prefill:
@@ -109,7 +113,7 @@ class Race:
             if self._stopped.is_set():
                 return
         text = [TextStream(pair.tokenizer, ids) for _ in range(2)]
-        self._lanes = decode.lanes(prefill, pair.drafter, controller(settings, pair.costs), text, settings)
+        self._lanes = decode.lanes(prefill, pair.drafter, controller(settings, self.costs), text, settings)
 
     def stop(self, why: str = "cancelled") -> None:
         """Ends the race after the round under way, or the chunk of the prompt; may be called from any thread. `why`
@@ -146,8 +150,20 @@ class Race:
             prompt_tokens=len(self.ids),
             rounds=tuple(self.rounds),
             finish=dict(self.finish),
-            costs=pair.costs,
+            costs=self.costs,
         )
+
+    def _teach(self) -> None:
+        """Leaves the pair what this race learned of its costs, for the next race's controller to begin with.
+
+        Seconds of rounds depend on what was drafted, and so on this race's noise. The next race may have the same seed,
+        and under a rule that draws independently its draft lengths must not know of noise still to be used. So only
+        races under other rules teach: greedy uses no noise, and coupled a stream of its own (`sampling.TARGET`), which
+        rules that draw independently never read; its own output does not depend on draft lengths at all.
+        """
+        if self.costs and self.settings.same_text:
+            monotone = self.pair.target.device.type == "cpu"
+            self.pair.learned = learned(self.costs, self.rounds, monotone)
 
     def _emitted(self, lane: str) -> int:
         return sum(len(r.emitted) for r in self.rounds if r.lane == lane)
@@ -157,9 +173,13 @@ def _fit(pair: Pair, prompt: str, settings: Settings, system: str | None, trunca
     require_text("prompt", prompt)
     if system is not None:
         require_text("system prompt", system)
-    if not prompt.strip():
-        raise PromptError("The prompt is empty; type something for the model to answer.")
+    check_prompt(prompt)
     ids = encode_chat(pair.tokenizer, prompt, system, thinking)
+    if max(ids, default=0) >= pair.target.vocabulary:
+        raise PromptError(
+            f"The tokenizer makes token {max(ids)} of this prompt, and the target knows {pair.target.vocabulary:,} "
+            "tokens; it belongs to another model."
+        )
     limit = pair.context - settings.max_new_tokens
     if len(ids) <= limit:
         return ids

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jinja2 import TemplateError
+
 from .errors import PromptError, UserError, quoted
 
 _INCOMPLETE = "�"
@@ -34,7 +36,8 @@ def encode_chat(tokenizer: Any, prompt: str, system: str | None = None, thinking
     """Token ids of a user turn under the tokenizer's chat template, or of the bare prompt where it has none.
 
     Raises:
-        UserError: `thinking` is asked of a template that has no switch for it.
+        UserError: `thinking` is asked of a template that has no switch for it, or the template does not take the
+            conversation; some take no system prompt.
     """
     if thinking:
         require_thinking(tokenizer)
@@ -44,7 +47,11 @@ def encode_chat(tokenizer: Any, prompt: str, system: str | None = None, thinking
     turns.append({"role": "user", "content": prompt})
     # Said either way where there is a switch: some templates think unless they are told not to.
     switch = {"enable_thinking": thinking} if can_think(tokenizer) else {}
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **switch)
+    try:
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **switch)
+    except TemplateError as error:
+        why = str(error).rstrip(".") or type(error).__name__
+        raise UserError(f"The chat template of this target does not take this conversation: {why}.") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -57,6 +64,12 @@ def require_thinking(tokenizer: Any) -> None:
     """Raises UserError where the chat template has no switch for thinking."""
     if not can_think(tokenizer):
         raise UserError("The chat template of this target has no thinking mode; leave --thinking out.")
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises PromptError where there is nothing to answer."""
+    if not prompt.strip():
+        raise PromptError("The prompt is empty; type something for the model to answer.")
 
 
 class TextStream:

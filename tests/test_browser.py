@@ -413,6 +413,8 @@ def test_accessible_before_and_after_a_race(browser: Any, fake_app: Any, theme: 
     page.keyboard.press("Control+Enter")
     visitor.phase("done")
     page.wait_for_selector('[data-plot="model"][data-state="drawn"] .main-svg')
+    page.wait_for_selector("#sd-download:not([disabled])")
+    page.wait_for_timeout(300)  # its colour changes slowly
     assert visitor.violations() == []
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "no sideways scrolling"
     assert visitor.errors == [] and visitor.outside == []
@@ -429,15 +431,15 @@ def test_a_tapped_token_keeps_its_card_until_it_is_dismissed(browser: Any, fake_
     for dismiss in ways:
         token.tap()
         page.wait_for_timeout(150)
-        assert "draft q" in card.inner_text()
+        assert card.is_visible() and "draft q" in card.inner_text()
         dismiss()
         card.wait_for(state="hidden", timeout=1000)
         assert not visitor.focused().startswith("BODY") or dismiss is ways[0]
     page.locator('.sd-speculative .sd-text .t >> text="The"').first.tap()
     token.tap()
-    assert "accepted" in card.inner_text(), "a tap on another token shows that one"
+    assert card.is_visible() and "accepted" in card.inner_text(), "a tap on another token shows that one"
     page.tap("#sd-status .sd-term >> text=int8")
-    assert TERMS["int8"] in card.inner_text()
+    assert card.is_visible() and TERMS["int8"] in card.inner_text()
     assert visitor.errors == []
     page.close()
 
@@ -600,16 +602,17 @@ def test_terms_explain_themselves_where_they_stand(browser: Any, fake_app: Any) 
     for term in ("mtp", "int8", "KL", "γ"):
         button = page.locator(f".sd-term:visible >> text={term}").first
         button.hover()
-        assert TERMS[term] in card.inner_text()
+        assert card.is_visible() and TERMS[term] in card.inner_text()
         page.mouse.move(2, 2)
         assert card.is_hidden(), "by the pointer it comes and goes"
         page.keyboard.press("Tab")
         button.focus()
-        assert TERMS[term] in card.inner_text() and button.get_attribute("aria-description") == TERMS[term]
+        assert card.is_visible() and TERMS[term] in card.inner_text()
+        assert button.get_attribute("aria-description") == TERMS[term]
         page.keyboard.press("Enter")
         page.wait_for_timeout(20)
         page.mouse.move(5, 5)
-        assert TERMS[term] in card.inner_text()
+        assert card.is_visible() and TERMS[term] in card.inner_text()
         if term == "KL":
             assert visitor.violations() == []
         page.keyboard.press("Escape")
@@ -639,3 +642,15 @@ def test_plotly_is_loaded_when_the_page_is_idle_and_told_when_it_cannot_be(brows
     page.wait_for_selector('[data-plot="model"][data-state="drawn"] .main-svg')
     assert visitor.count(".sd-plots > *") == 4
     page.close()
+
+
+def test_a_long_prompt_says_how_far_it_is_read_and_stop_works_meanwhile(browser: Any, fake_app: Any) -> None:
+    visitor = Visitor(browser, fake_app(chunks=3000, chunk_seconds=0.05)[0]).ready()
+    visitor.run("hello")
+    visitor.page.wait_for_function(
+        "() => /^reading the prompt, [\\d,]+ of 3,000 tokens$/.test("
+        "document.querySelector('[data-k=\"baseline.finish\"]').textContent)"
+    )
+    visitor.page.click("#sd-stop")
+    visitor.phase("done", 10)
+    assert visitor.text('[data-k="baseline.finish"]') == "stopped" and not visitor.errors

@@ -78,6 +78,12 @@ def test_each_is_judged_by_its_own_drafts() -> None:
         assert either.rate("other") <= at_first
     assert either.rate("other") < 0.3, "ten rounds of the other, none of them right"
     assert either.rate(3) == looked_up[3] and either.rate(2) == looked_up[2]
+    either.draft(3)
+    either.extend([5, 6, 7, 8], None)  # type: ignore[arg-type]
+    then = either.rate("other")
+    assert either.draft(3).ids.tolist() == [9, 10, 11], "looked up again"
+    either.extend([9, 10, 11, 12], None)  # type: ignore[arg-type]
+    assert either.rate("other") == then
 
 
 def test_how_long_a_match_holds_is_learnt_from_where_it_first_fails() -> None:

@@ -420,6 +420,24 @@ def test_lookup_agrees_with_a_search(tokens, length):
     assert drafter.draft(length).ids.tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "draft"),
+    [
+        ("abcdX cdY abcd", "X c"),  # four tokens that match, rather than the two seen last
+        ("abcdX abcdY abcd", "Y a"),  # of equal matches the latest
+        ("abcX bcY zabc", "X b"),  # three
+        ("bcX zbc", "X z"),  # two
+        ("cX zc", ""),  # one is too few
+        ("ababab", "aba"),  # round and round
+    ],
+)
+def test_lookup_prefers_the_longest_match_and_then_the_latest(text, draft):
+    drafter = LookupDrafter()
+    drafter.start([ord(c) for c in text[:3]], Settings(), 100)
+    drafter.extend([ord(c) for c in text[3:]], None)
+    assert "".join(chr(i) for i in drafter.draft(3).ids) == draft
+
+
 # Loading
 
 

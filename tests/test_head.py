@@ -7,9 +7,11 @@ import re
 import socket
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
+import gradio
 import httpx
 import pytest
 from PIL import Image
@@ -121,3 +123,13 @@ def test_only_pages_are_rewritten(client: httpx.Client) -> None:
     assert client.head("/").status_code == 200
     assert client.get("/robots.txt").text.startswith("User-agent")
     assert rewritten("<p>no head</p>", "http://x") == "<p>no head</p>"
+
+
+def test_the_page_of_a_share_link_is_rewritten_too() -> None:
+    share = Path(gradio.__file__).parent / "templates" / "frontend" / "share.html"
+    tags = Tags(rewritten(share.read_text(encoding="utf-8"), "https://abc.gradio.live"))
+    metas = dict(tags.metas)
+    assert tags.titles == ["Spec Decode"] and len(metas) == len(tags.metas)
+    assert metas.pop("og:image") == metas.pop("twitter:image") == "https://abc.gradio.live/preview.png"
+    assert metas.pop("og:url") == "https://abc.gradio.live/"
+    assert not [value for value in metas.values() if "gradio" in value.lower()]

@@ -141,9 +141,27 @@ def test_figures_of_a_finished_race() -> None:
     assert sum(figures["passes"][1]) == len(t.lane(SPECULATIVE)) - 1
     model = figures["model"]
     assert model["lengths"] == list(range(1, 9)) and len(model["predicted"]) == 8
-    assert model["predicted"][model["best"] - 1] == max(model["predicted"])
+    bands = zip(model["low"], model["predicted"], model["high"], strict=True)
+    assert all(low < middle < high for low, middle, high in bands)
+    assert model["best"] is None or model["predicted"][model["best"] - 1] == max(model["predicted"])
+    assert model["measured"] == [[], []] and model["adaptive"] == pytest.approx(metrics.speedup(t), abs=1e-3)
     bare = final(Trace(**{**vars(t), "costs": None}))
     assert bare["model"]["predicted"] == [] and bare["model"]["best"] is None
+    fixed = final(trace(max_new_tokens=300, draft_length=5))["model"]
+    assert fixed["measured"][0] == [5] and fixed["adaptive"] is None, "one point, the race's own"
+    assert fixed["low"][4] < fixed["measured"][1][0] < fixed["high"][4]
+
+
+def test_the_tally_tells_the_interval_and_the_verdict() -> None:
+    t, tally = trace(max_new_tokens=200), Tally()
+    for r in t.rounds:
+        tally.add(r)
+    stats, report = tally.to_dict(t), metrics.race_report(t)
+    assert stats["interval"] == pytest.approx(report["speedup_interval"])
+    assert stats["end_to_end"] == pytest.approx(report["end_to_end_speedup"])
+    assert stats["end_to_end_interval"] == pytest.approx(report["end_to_end_interval"])
+    assert stats["verdict"] == report["verdict"] == "faster" and stats["looping"] is report["looping"] is False
+    assert "verdict" not in tally.to_dict(), "not before the race is over"
 
 
 def test_drawing_never_takes_more_than_its_share() -> None:

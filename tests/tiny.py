@@ -161,6 +161,6 @@ class PairOf:
 
     def __init__(self, target: Target, drafter: Any) -> None:
         self.target, self.drafter, self.tokenizer = target, drafter, Characters()
-        self.context, self.costs = target.context, None
+        self.context, self.costs, self.learned = target.context, None, None
         self.info = {"target": "tiny", "drafter": drafter.name, "device": "cpu", "dtype": "float32"}
         self.machine: dict[str, Any] = {}

@@ -1,9 +1,9 @@
 """Compiled kernels, and where they are kept on disk.
 
 Numba trusts what it finds in its cache: of a file that was cut short it makes a traceback, and machine code with a
-flipped bit it runs. Here a file begins with the SHA-256 of what follows. One that is not what its seal says counts as
-absent, so the kernel is compiled once more, and the file replaced. Where nothing can be kept, because neither the
-package's directory nor the user's can be written, kernels are compiled at every start.
+flipped bit it runs. Here a file begins with a seal, the SHA-256 of its name and of what follows. One whose seal does
+not hold counts as absent, so the kernel is compiled once more, and the file replaced. Where nothing can be kept,
+because neither the package's directory nor the user's can be written, kernels are compiled at every start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from numba import njit
 from numba.core.caching import FunctionCache
 from numba.core.serialize import dumps
 
-_SEAL = hashlib.sha256().digest_size
 # What machine code is made of besides the function's own source, which Numba looks at: all of ours, and the compiler.
 _EDITION = hashlib.sha256(
     b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
@@ -68,21 +67,22 @@ class _SealedFiles:
         return self._folder / f"{self._name}.{of[:24]}.nbc"
 
     def load(self, key: Any) -> Any:
+        path = self._path(key)
         try:
-            held = self._path(key).read_bytes()
+            held = path.read_bytes()
         except OSError:
             return None
-        seal, data = held[:_SEAL], held[_SEAL:]
-        return pickle.loads(data) if hashlib.sha256(data).digest() == seal else None
+        seal, data = held[:32], held[32:]
+        return pickle.loads(data) if seal == _seal(path, data) else None
 
     def save(self, key: Any, value: Any) -> None:
-        data = dumps(value)
+        path, data = self._path(key), dumps(value)
         handle, written = tempfile.mkstemp(prefix=f"{self._name}.", suffix=".tmp", dir=self._folder)
         try:
             with open(handle, "wb") as file:
-                file.write(hashlib.sha256(data).digest() + data)
+                file.write(_seal(path, data) + data)
             os.chmod(written, 0o644)
-            os.replace(written, self._path(key))  # at once, or not at all
+            os.replace(written, path)  # at once, or not at all
         except BaseException:
             os.unlink(written)
             raise
@@ -90,3 +90,7 @@ class _SealedFiles:
     def flush(self) -> None:
         for path in self._folder.glob(f"{self._name}.*.nbc"):
             path.unlink(missing_ok=True)
+
+
+def _seal(path: Path, data: bytes) -> bytes:
+    return hashlib.sha256(path.name.encode() + data).digest()

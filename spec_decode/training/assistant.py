@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
 from transformers.models.gemma4_assistant.modeling_gemma4_assistant import Gemma4AssistantMaskedEmbedder
 
+from .. import checksums
 from ..errors import UserError
 
+FEWEST_LISTS = 6  # for frequent, less frequent and other tokens: see lists.BANDS
 KINDS = ("sliding_attention", "full_attention")  # in the order of the drafter's layers
 
 
@@ -45,8 +47,18 @@ def build(target: Any, shape: Shape) -> Gemma4AssistantForCausalLM:
         raise UserError(f"A drafter reads one or two layers, not {len(shape.layers)}.")
     if any(not 0 <= layer < target.num_hidden_layers for layer in shape.layers):
         raise UserError(f"The target's layers are 0…{target.num_hidden_layers - 1}.")
-    if shape.centroids and target.vocab_size % shape.centroids:
-        raise UserError(f"{target.vocab_size} tokens cannot be split into {shape.centroids} equal lists.")
+    own = target.num_hidden_layers - (getattr(target, "num_kv_shared_layers", 0) or 0)
+    if any(layer >= own for layer in shape.layers):
+        raise UserError(f"Of the target's layers only 0…{own - 1} have keys and values of their own to read.")
+    if shape.intermediate < 1:
+        raise UserError(f"An MLP cannot be {shape.intermediate} wide.")
+    if shape.centroids and (shape.centroids < FEWEST_LISTS or target.vocab_size % shape.centroids):
+        raise UserError(
+            f"{target.vocab_size} tokens cannot be split into {shape.centroids} equal lists; choose a divisor of at "
+            f"least {FEWEST_LISTS}, or 0 for no lists."
+        )
+    if shape.centroids and not 1 <= shape.chosen <= shape.centroids:
+        raise UserError(f"A step looks at 1…{shape.centroids} lists, not {shape.chosen}.")
     kinds = list(KINDS[-len(shape.layers) :])
     head = getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads
     rope = getattr(target, "rope_parameters", None) or {}
@@ -188,6 +200,7 @@ def save(learner: Learner, folder: Path, head: bool = True, dtype: torch.dtype =
         state["model.embed_tokens.weight"] = learner.head.cpu()
     out = {n: value.to(dtype if value.is_floating_point() else value.dtype).contiguous() for n, value in state.items()}
     save_file(out, folder / "model.safetensors", metadata={"format": "pt"})
+    checksums.write(folder)
     assistant.config.shares_target_head = True
     assistant.config.dtype = dtype
     assistant.config.architectures = [type(assistant).__name__]

@@ -30,6 +30,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from .. import cpu
 from ..cache import ARGUMENT, RollbackCache, layer_kinds
+from ..errors import UserError
+from ..target import Target
 from .prompts import HeldOut, Opening, Turns, fingerprint
 
 Say = Callable[[str], None]
@@ -48,6 +50,9 @@ class Writing:
     slots: texts written at once. length: most tokens of a text, template included. prompt: most tokens of a user turn.
     answer: fewest and most tokens of an answer, the limit being drawn anew for every text. temperatures: of answers,
     with their shares; user turns are written at `prompt_temperature`. shard: tokens a file, at least.
+
+    Raises:
+        UserError: a value that cannot be.
     """
 
     slots: int = 96
@@ -57,6 +62,28 @@ class Writing:
     temperatures: tuple[tuple[float, float], ...] = ((0.0, 0.6), (0.7, 0.3), (1.0, 0.1))
     prompt_temperature: float = 0.9
     shard: int = 40_000
+
+    def __post_init__(self) -> None:
+        fewest, most = self.answer
+        if self.slots < 1 or self.prompt < 1:
+            raise UserError("There must be at least one text at once, and one token of a user turn.")
+        if not 1 <= fewest <= most:
+            raise UserError(f"An answer's fewest and most tokens cannot be {fewest} and {most}.")
+        if any(not 0 <= temperature <= 5 for temperature, _ in self.temperatures):
+            raise UserError("Temperatures of answers are from 0 to 5.")
+
+    def check_room(self, turns: Turns, context: int) -> None:
+        """Raises UserError unless the longest user turn leaves room for the shortest answer, in a text no longer than
+        the target's context."""
+        template = len(turns.before) + len(turns.after)
+        needed = template + self.prompt + self.answer[0]
+        if self.length < needed:
+            raise UserError(
+                f"Texts of {self.length} tokens are too short: a user turn has up to {self.prompt}, its template "
+                f"{template} and an answer at least {self.answer[0]}, {needed} in all."
+            )
+        if self.length > context:
+            raise UserError(f"Texts of {self.length} tokens are longer than the target's context of {context}.")
 
 
 @dataclass
@@ -96,8 +123,12 @@ def write(
         layers: whose keys and values are kept.
         held_out: prompts that must not occur.
         say: hears the progress.
+
+    Raises:
+        UserError: texts as long as `writing` has them have no room for what belongs in them.
     """
     writing, held_out, say = writing or Writing(), held_out or HeldOut([]), say or (lambda line: None)
+    writing.check_room(Turns.of(tokenizer), Target(model).context)
     folder.mkdir(parents=True, exist_ok=True)
     known, have = _known(folder)
     if have >= tokens:

@@ -10,19 +10,24 @@ import csv
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from .. import embedded
+from .. import embedded, memory
+from ..cache import ARGUMENT
 from ..catalog import EMBEDDED
-from ..checkpoints import load_model, load_tokenizer
-from .assistant import Learner, Shape, save
-from .data import Texts, Writing, write
+from ..checkpoints import load_model, load_tokenizer, read_target_config
+from ..errors import UserError
+from ..models import find_device
+from .assistant import Learner, Shape, build, save
+from .data import Texts, Writing, shards, write
 from .lists import sort_vocabulary
-from .prompts import HeldOut, Opening, given, invented, read
+from .prompts import HeldOut, Opening, Turns, given, invented, read
 from .train import Training, aside, judge, train
 
 Say = Callable[[str], None]
@@ -56,18 +61,27 @@ def run(recipe: Recipe, training: Training, writing: Writing, say: Say) -> dict[
     """Writes what is missing of the texts, trains, saves to `recipe.out`; returns the report saved there.
 
     Raises:
-        ModelError: the target cannot be loaded. UserError: a file or a shape that does not fit.
+        ModelError: the target cannot be loaded. UserError: a file or a shape that does not fit; told before anything
+            is written.
     """
+    place = find_device(recipe.device)
     path = str(embedded.prepare(say)) if recipe.target == EMBEDDED else recipe.target
-    place = torch.device(recipe.device)
+    whole = read_target_config(path)
+    config = whole.get_text_config(decoder=True)
     tokenizer = load_tokenizer(path)
     texts = recipe.work / "texts"
+    own = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    layers = recipe.layers or (round(0.68 * own), own - 1)
+    intermediate = getattr(config, "intermediate_size", None) if recipe.intermediate is None else recipe.intermediate
+    if not isinstance(intermediate, int):
+        raise UserError(f"The MLPs of a {config.model_type} have no one width; give the drafter's with --intermediate.")
+    shape = Shape(intermediate, tuple(layers), 0, recipe.chosen)
+    held_out = HeldOut(entry["prompt"] for file in recipe.held_out for entry in read(file))
+    folders = [texts, *(work / "texts" for work in recipe.also)]
+    check(recipe, writing, whole, tokenizer, shape)
     dtype = "float32" if place.type == "cpu" else "bfloat16"
     model = load_model(path, place, dtype)
-    depth = model.config.get_text_config().num_hidden_layers
-    layers = recipe.layers or (round(0.68 * depth), depth - 1)
     if recipe.only != "train":
-        held_out = HeldOut(entry["prompt"] for file in recipe.held_out for entry in read(file))
         source = recipe.data
 
         def openings(rng: random.Random) -> Iterator[Opening]:
@@ -77,16 +91,63 @@ def run(recipe: Recipe, training: Training, writing: Writing, say: Say) -> dict[
     if recipe.only == "data":
         return {}
     model = load_model(path, place, "float32")  # writing may have made it int8
-    intermediate = recipe.intermediate or model.config.get_text_config().intermediate_size
     torch.manual_seed(training.seed)
-    learner = Learner(model, Shape(intermediate, tuple(layers), 0, recipe.chosen))
+    learner = Learner(model, shape)
     del model
     if recipe.init:
         learner.adopt(recipe.init)
     learner.to(place)
-    folders = [texts, *(work / "texts" for work in recipe.also)]
     train(learner, folders, recipe.work, training, say)
     return finish(learner.to("cpu"), folders, recipe, training, say)
+
+
+def check(recipe: Recipe, writing: Writing, config: Any, tokenizer: Any, shape: Shape) -> None:
+    """Makes the drafter without storage, and looks for whatever else hours of work would end in.
+
+    Raises:
+        UserError: something does not fit.
+    """
+    if recipe.tokens < 1:
+        raise UserError(f"The target must write at least one token, not {recipe.tokens}.")
+    if recipe.data:
+        read(recipe.data)
+    text = config.get_text_config(decoder=True)
+    writing.check_room(Turns.of(tokenizer), getattr(text, "max_position_embeddings", None) or writing.length)
+    lacking = [work for work in recipe.also if not shards(work / "texts")]
+    if recipe.only == "train" and not shards(recipe.work / "texts") and not recipe.also:
+        lacking = [recipe.work]
+    if lacking:
+        raise UserError(f"{lacking[0]} holds no texts to learn from.")
+    if getattr(text, "kv_lora_rank", None):
+        raise UserError(f"A drafter cannot be made for a {text.model_type}, whose keys and values are of unequal size.")
+    target = memory.empty(config)
+    try:
+        with torch.device("meta"):
+            build(text, replace(shape, centroids=recipe.centroids))
+            learner = Learner(target, shape)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        why = str(error).split(". ")[0].rstrip(".")
+        raise UserError(f"A drafter cannot be made for a target of the kind {text.model_type}: {why}.") from error
+    _check_heads(target, learner)
+    if recipe.init:
+        learner.adopt(recipe.init)
+
+
+def _check_heads(target: PreTrainedModel, learner: Learner) -> None:
+    """Raises UserError if the target's keys and values are not what the drafter's queries take."""
+    with suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # not every model runs without storage
+        seen = target(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True)[ARGUMENT]
+        config = learner.assistant.config.get_text_config()
+        wanted = (1, config.num_key_value_heads, 2, config.head_dim)
+        for layer in learner.shape.layers:
+            keys, values = seen.layers[layer].keys, seen.layers[layer].values
+            if (keys.shape, values.shape) != (wanted, wanted):
+                raise UserError(
+                    f"A drafter cannot be made for this target: layer {layer} has keys {list(keys.shape)} and values "
+                    f"{list(values.shape)}, and its attention would take {list(wanted)} of both."
+                )
 
 
 def finish(learner: Learner, folders: list[Path], recipe: Recipe, training: Training, say: Say) -> dict[str, Any]:

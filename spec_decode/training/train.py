@@ -24,10 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import UserError
 from .assistant import KINDS, Learner
 from .data import Batch, Texts
 
 Say = Callable[[str], None]
+
+MOST_UNROLLED = 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class Training:
     that are learnt from. regression: weight of the distance between the hidden state fed back and the target's.
     average: updates that the weights which are judged and saved are averaged over, exponentially.
     validation: share of the texts that are not learnt from. patience: checks without progress before it stops.
+
+    Raises:
+        UserError: a value that cannot be.
     """
 
     steps: int = 4000
@@ -58,6 +64,18 @@ class Training:
     check: int = 250
     patience: int = 8
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.texts < 1:
+            raise UserError("Training takes at least one step, of at least one text.")
+        if not 0 < self.rate < math.inf:
+            raise UserError(f"A learning rate is above 0, not {self.rate}.")
+        if not 1 <= self.unroll <= MOST_UNROLLED:
+            raise UserError(f"From 1 to {MOST_UNROLLED} draft steps are learnt at once, not {self.unroll}.")
+        if not 0 <= self.prompt <= 1:
+            raise UserError(f"A share is from 0 to 1, not {self.prompt}.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"A seed is from 0 to {2**32 - 1}, not {self.seed}.")
 
 
 @dataclass
@@ -214,6 +232,9 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
 
     Keeps in `out` state.pt (everything needed to go on exactly), curve.csv and curve.html. Texts that are written
     meanwhile join at the next pass over them.
+
+    Raises:
+        UserError: there are no texts to learn from.
     """
     say = say or (lambda line: None)
     out.mkdir(parents=True, exist_ok=True)
@@ -239,6 +260,8 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
         say(f"Going on at step {state.step}")
     texts = Texts(folders, state.shards)
     learning, judging = aside(texts, training.validation)
+    if not learning:
+        raise UserError(f"There are no texts to learn from in {', '.join(map(str, folders))}.")
     if not state.step:
         _write_row(out, None)
     learner.train()
@@ -421,7 +444,7 @@ def _keep(
 def _write_row(out: Path, row: list[Any] | None) -> None:
     with (out / "curve.csv").open("a" if row else "w", newline="") as file:
         header = ["step", "tokens", "loss", "tokens_per_pass", "seconds"]
-        csv.writer(file).writerow(row or [*header, *(f"right_{i}" for i in range(1, 9))])
+        csv.writer(file).writerow(row or [*header, *(f"right_{i}" for i in range(1, MOST_UNROLLED + 1))])
 
 
 def _trim_curve(out: Path, step: int) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 from .. import metrics
 from ..events import BASELINE, SPECULATIVE, Round, Trace
+from ..prediction import LENGTHS, predict
 
 POINTS = 160
-DRAFT_LENGTHS = range(1, 9)
 
 
 class Curves:
@@ -83,23 +83,25 @@ def running_acceptance(rounds: Sequence[tuple[int, int, int]]) -> list[list[floa
 def final(trace: Trace) -> dict[str, Any]:
     """The two figures of a finished race.
 
-    `passes` is [tokens], [target passes that emitted so many]; `model` holds the predicted speedups for γ = 1…8 with
-    the best γ, and the measured ones for every draft length that occurred often enough.
+    `passes` is [tokens], [target passes that emitted so many]. `model` holds the predicted speedups for γ = 1…8 with
+    the ends of their band and the best γ, None where the band does not tell; and `measured`, this race's own speedup as
+    [γ], [speedup] where γ was fixed, else as `adaptive`: how a race of changing length came out belongs to no γ.
     """
     fast = trace.lane(SPECULATIVE)
     histogram = metrics.tokens_per_pass_histogram(fast)
-    measured: dict[int, float] = {}
-    predicted: list[float] = []
-    acceptance = metrics.per_position_acceptance(fast)
-    if trace.costs and acceptance:
-        predicted = [round(metrics.predicted_speedup(acceptance, trace.costs, n), 3) for n in DRAFT_LENGTHS]
+    speedup = metrics.speedup(trace)
+    found = predict(trace)
+    fixed = isinstance(length := trace.settings.get("draft_length"), int) and speedup is not None
     return {
         "passes": [list(histogram), list(histogram.values())],
         "model": {
-            "lengths": list(DRAFT_LENGTHS),
-            "predicted": predicted,
-            "best": DRAFT_LENGTHS[predicted.index(max(predicted))] if predicted else None,
-            "measured": [list(measured), [round(x, 3) for x in measured.values()]],
+            "lengths": list(LENGTHS),
+            "predicted": [round(x, 3) for x in found.median] if found else [],
+            "low": [round(x, 3) for x in found.low] if found else [],
+            "high": [round(x, 3) for x in found.high] if found else [],
+            "best": found.best if found else None,
+            "measured": [[length], [round(speedup, 3)]] if fixed and speedup and found else [[], []],
+            "adaptive": round(speedup, 3) if speedup and found and not fixed else None,
         },
     }
 

@@ -1,0 +1,107 @@
+"""What a round costs: a prior from load time, corrected by a race's own rounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.optimize
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from spec_decode.costs import isotonic, learned, round_costs
+from spec_decode.events import BASELINE, SPECULATIVE, Costs, Round, Token
+
+TRUE = Costs(0.006, tuple(1 + 0.12 * g for g in range(17)), 0.05, 0.1)
+WRONG = Costs(0.020, (1.0, 1.77, 1.6, *(2.0 + 0.3 * g for g in range(14))), 0.1, 0.4, doubt=0.3)
+
+
+def lanes(
+    lengths: list[int],
+    costs: Costs = TRUE,
+    scatter: float = 0.05,
+    spikes: float = 0.0,
+    slow: float = 1.0,
+    seed: int = 1,
+) -> list[Round]:
+    """Both lanes in turns, a prefill first. `spikes` of the rounds take three times as long; the second half is `slow`
+    times slower."""
+    noise = np.random.default_rng(seed)
+    clocks = {BASELINE: 0.1, SPECULATIVE: 0.1}
+    rounds = [Round(lane, 0, (Token(0, "a", "target"),), 0, 0.0, 0.1, 0.1, 0.1) for lane in clocks]
+    for index, drafted in enumerate(lengths, 1):
+        pace = costs.step_seconds * (slow if index > len(lengths) / 2 else 1.0)
+        for lane, count in ((SPECULATIVE, drafted), (BASELINE, 0)):
+            luck = np.exp(scatter * noise.standard_normal()) * (3.0 if noise.random() < spikes else 1.0)
+            draft = pace * luck * costs.draft(count) if lane == SPECULATIVE else 0.0
+            seconds = pace * luck * (costs.round(count) if lane == SPECULATIVE else 1.0)
+            clocks[lane] += seconds
+            tokens = tuple(Token(9, "x", "rejected", draft_position=i + 1) for i in range(count))
+            own = Token(1, "y", "correction" if count else "target")
+            rounds.append(Round(lane, index, (*tokens, own), count, draft, seconds - draft, seconds, clocks[lane]))
+    return rounds
+
+
+@hypothesis_settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.floats(-10, 10), st.floats(0.1, 10)), min_size=1, max_size=20))
+def test_isotonic_is_isotonic_regression(pairs: list[tuple[float, float]]) -> None:
+    values, weights = (np.array(column) for column in zip(*pairs, strict=True))
+    expected = scipy.optimize.isotonic_regression(values, weights=weights).x
+    assert isotonic(values, weights) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_race_corrects_costs_that_were_measured_on_a_busy_machine() -> None:
+    """The prior says 2.27 for γ = 1; its rounds took 1.27."""
+    found = round_costs(WRONG, lanes([1, 2, 4] * 30)).ratios
+    for length in (1, 2, 4):
+        assert found[length] == pytest.approx(TRUE.round(length), rel=0.04)
+    assert found[3] == pytest.approx(TRUE.round(3), rel=0.08), "which never occurred, its neighbours did"
+    assert found[8] < 0.75 * WRONG.round(8), "all that drafting adds was too dear"
+
+
+def test_few_rounds_weigh_little_and_many_outweigh_the_prior() -> None:
+    sure = replace(WRONG, doubt=0.0)
+    errors = [abs(round_costs(sure, lanes([1] * n)).ratios[1] / TRUE.round(1) - 1) for n in (2, 12, 60, 400)]
+    assert errors[0] > 0.3 and errors[0] > errors[1] > errors[2] and max(errors[2:]) < 0.05
+    vague = replace(TRUE, doubt=0.3)
+
+    def spread(rounds: int) -> float:
+        return float(round_costs(vague, lanes([1] * rounds)).draws(400, np.random.default_rng(0))[:, 1].std())
+
+    assert spread(80) < 0.5 * spread(4)
+
+
+def test_costs_grow_with_the_draft_on_a_cpu_and_need_not_elsewhere() -> None:
+    cheap = Costs(0.006, (1.0, 1.5, 1.1, *(1.6 + 0.1 * g for g in range(14))), 0.0)
+    rounds = lanes([1, 2, 3] * 40, cheap)
+    assert (np.diff(round_costs(cheap, rounds).ratios) >= 0).all()
+    drawn = round_costs(cheap, rounds).draws(50, np.random.default_rng(0))
+    assert (np.diff(drawn, axis=1) >= 0).all()
+    free = round_costs(cheap, rounds, monotone=False).ratios
+    assert free[2] == pytest.approx(1.1, rel=0.03) and free[1] == pytest.approx(1.5, rel=0.03)
+
+
+def test_pauses_and_slow_minutes_divide_out() -> None:
+    for trouble in ({"spikes": 0.1}, {"slow": 2.0}, {"spikes": 0.05, "slow": 0.5}):
+        found = round_costs(TRUE, lanes([1, 3] * 60, **trouble)).ratios  # type: ignore[arg-type]
+        assert found[[1, 3]] == pytest.approx([TRUE.round(1), TRUE.round(3)], rel=0.03)
+
+
+def test_a_race_without_rounds_leaves_the_prior() -> None:
+    assert round_costs(TRUE, []).ratios == pytest.approx([TRUE.round(g) for g in range(17)])
+    assert [learned(TRUE, []).round(g) for g in range(17)] == pytest.approx([TRUE.round(g) for g in range(17)])
+
+
+def test_what_was_learned_begins_the_next_race() -> None:
+    dear = Costs(0.006, TRUE.verify_ratio, TRUE.draft_ratio, TRUE.draft_start, other_ratio=0.08)
+    rounds = lanes([0, 1, 2, 4] * 40, dear)
+    found = learned(WRONG, rounds)
+    assert found.step_seconds == pytest.approx(0.006, rel=0.03)
+    for length in (1, 2, 4):
+        assert found.round(length) == pytest.approx(dear.round(length), rel=0.05)
+    assert found.verify_ratio[0] == 1 and found.other_ratio == pytest.approx(0.08, abs=0.04)
+    assert found.draft(1) == pytest.approx(dear.draft(1), rel=0.3)
+    again = learned(found, rounds)
+    assert [again.round(g) for g in (1, 2, 4)] == pytest.approx([found.round(g) for g in (1, 2, 4)], rel=0.03)
