@@ -591,3 +591,26 @@ def test_costs_tell_the_first_draft_step_from_the_others(monkeypatch: pytest.Mon
     assert costs.verify_ratio == pytest.approx([(11 + g) / 11 for g in range(17)])
     assert costs.draft_ratio == pytest.approx(0.5 / 11) and costs.draft_start == pytest.approx(2 / 11)
     assert costs.round(0) == pytest.approx(1) and costs.round(4) == pytest.approx((15 + 4) / 11)
+
+
+def test_costs_do_not_fall_with_width_and_say_how_far_their_samples_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which the machine is three times slower for a while, and 3 tokens look cheaper than 2."""
+    now, passes = [0.0], [0]
+
+    target = Target(tiny.model("llama"))
+    verify = target.verify
+    costs = {1: 10.0, 2: 14.0, 3: 11.0, 4: 13.0, 5: 14.0}
+
+    def clocked(tokens: torch.Tensor, cache: Any, hidden: bool = False) -> Any:
+        passes[0] += 1
+        busy = 3.0 if 40 <= passes[0] < 62 else 1.0  # a bit more than a turn
+        now[0] += busy * costs.get(len(tokens), 12.0 + len(tokens))
+        return verify(tokens, cache, hidden)
+
+    monkeypatch.setattr(target, "verify", clocked)
+    monkeypatch.setattr(models, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    found = models.measure_costs(target, LookupDrafter(), repeats=7)
+    assert found.step_seconds == pytest.approx(10) and found.verify_ratio[0] == 1
+    assert found.verify_ratio[1:5] == pytest.approx([1.267, 1.267, 1.3, 1.4], abs=0.04)
+    assert list(found.verify_ratio) == sorted(found.verify_ratio)
+    assert found.doubt < 0.02
