@@ -28,6 +28,7 @@ from transformers import (
     Gemma4ForConditionalGeneration,
     Gemma4UnifiedConfig,
     Gemma4UnifiedForConditionalGeneration,
+    Lfm2Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -75,7 +76,7 @@ def multimodal(text: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def pair_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a tiny `target`, multimodal, and its `assistant`."""
+    """A directory with a tiny `target`, multimodal, its `assistant`, and the configuration of a `hybrid`."""
     home = tmp_path_factory.mktemp("pair")
     text, assistant = tiny.gemma4("shared")
     whole = multimodal(text)
@@ -84,6 +85,9 @@ def pair_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer().save_pretrained(home / "target")
     assistant.generation_config.num_assistant_tokens = 3
     assistant.save_pretrained(home / "assistant")
+    (home / "hybrid").mkdir()
+    layers = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
+    Lfm2Config(**layers, hidden_size=32, num_attention_heads=4).save_pretrained(home / "hybrid")
     return home
 
 
@@ -441,7 +445,7 @@ class Hub(BaseHTTPRequestHandler):
             code, kind = 501, ""  # one that its client does not try again
         elif name == "tiny/hollow":
             pass
-        elif name not in ("tiny/target", "tiny/assistant"):
+        elif name not in ("tiny/target", "tiny/assistant", "tiny/hybrid"):
             kind = "RepoNotFound"
         elif revision and revision not in ("main", self.revision, self.old):
             kind = "RevisionNotFound"
@@ -530,10 +534,14 @@ def test_a_pair_comes_from_the_hub_once_and_then_from_the_disk(hub: tuple[str, l
 
 @pytest.mark.slow
 def test_what_the_hub_refuses_is_one_sentence(hub: tuple[str, list[str]], tmp_path: Path) -> None:
-    address, _ = hub
+    address, asked = hub
     names = ["tiny/gated", "tiny/nothing", "google/gemma-4-9b-it", "tiny/closed", "tiny/hollow", "tiny/busy"]
     cases = [{"target": name} for name in names] + [{"drafter": "google/gemma-4-2b-it-draft"}]
-    gated, missing, misnamed, closed, hollow, busy, helper = elsewhere(tmp_path, cases, HF_ENDPOINT=address)
+    cases += [{who: "tiny/hybrid"} for who in ("target", "drafter")]
+    gated, missing, misnamed, closed, hollow, busy, helper, *hybrid = elsewhere(tmp_path, cases, HF_ENDPOINT=address)
+    for sentence in hybrid:
+        assert sentence.startswith("tiny/hybrid cannot be used: lfm2 has conv layers, whose state cannot roll back")
+    assert {Path(path).name for path in asked if "tiny/hybrid" in path} == {"config.json"}, "no weights were fetched"
     assert closed.startswith("Your token may not read tiny/closed;")
     assert hollow.startswith("tiny/hollow has no config.json that can be used")
     assert busy == "The Hugging Face Hub answers with error 501, so tiny/busy cannot be read; try again later."
@@ -547,7 +555,7 @@ def test_what_the_hub_refuses_is_one_sentence(hub: tuple[str, list[str]], tmp_pa
     assert "does not accept your token" in refused
     (unreachable,) = elsewhere(tmp_path, [{}], HF_ENDPOINT="http://127.0.0.1:9")
     assert "the Hugging Face Hub cannot be reached" in unreachable
-    for sentence in (gated, missing, misnamed, closed, hollow, busy, helper, refused, unreachable):
+    for sentence in (gated, missing, misnamed, closed, hollow, busy, helper, *hybrid, refused, unreachable):
         assert "\n" not in sentence and sentence.endswith(".")
 
 
