@@ -29,7 +29,9 @@ WORKDIR /app
 
 COPY requirements.txt .
 RUN --mount=type=cache,target=/root/.cache/pip \
-    if [ "$TORCH" = cpu ]; then export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; fi \
+    if [ "$TORCH" = cpu ]; then \
+        pip install "$(grep ^torch requirements.txt)" --index-url https://download.pytorch.org/whl/cpu; \
+    fi \
     && pip install --requirement requirements.txt
 
 # The embedded model is prepared here and not at the first start: 0.54 GB beside gigabytes of PyTorch, and in return a

@@ -1,4 +1,4 @@
-"""How good is the predicted speedup? `python docs/predicted_speedup.py [--prompts 12] [--max-new-tokens 192]`.
+"""How good is the predicted speedup? `python docs/predicted_speedup.py [--prompts 12] [--max-new-tokens 256]`.
 
 Races the embedded pair, adaptive, on held-out prompts, takes the band of every draft length from each race, and then
 races every fixed length on the same prompt. Prints, by draft length and for all: how many of the later races fell
@@ -29,7 +29,7 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--prompts", type=int, default=12, help="spread over assets/heldout.jsonl (default 12)")
-    parser.add_argument("--max-new-tokens", type=int, default=192)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--drafter", help="as for `race`; the pair's own by default")
     parser.add_argument("--from", dest="source", default="adaptive", help="draft length of the race predicted from")

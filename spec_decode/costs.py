@@ -7,7 +7,8 @@ The logarithms of the costs have a Gaussian prior around the load-time figures a
 is a few lines of linear algebra, and every draft length learns from its neighbours. The weight of the prior is in its
 standard deviations, which grow with `Costs.doubt`, the scatter of the load-time samples: `AT_ZERO` for a plain step
 of the speculative lane; `DRAFTED` for all that drafting adds, the same for all lengths, since a machine that is busy
-while costs are measured is busy for all of them; and `NEIGHBOURS` between one length and the next.
+while costs are measured is busy for all of them; `NEIGHBOURS` between one length and the next; and where samples
+scattered more than on an idle machine, a part for each length alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from .settings import MAX_DRAFT_LENGTH
 
 AT_ZERO = 0.03
 DRAFTED, NEIGHBOURS = 0.05, 0.012  # and as much of the doubt as below
-DRAFTED_DOUBT, NEIGHBOURS_DOUBT = 1.0, 0.25
+DRAFTED_DOUBT, NEIGHBOURS_DOUBT, EACH_DOUBT = 1.0, 0.25, 0.6
+IDLE = 0.05  # samples of an idle machine scatter no more than this
 TRIMMED = 0.2  # of the rounds at either end are left out: a virtual machine pauses now and then
 NEAR = 15  # baseline steps that stand for the speed of the machine at the time of a round
 CORRELATED = 2.0  # rounds are worth half their number: neighbours are alike
@@ -33,7 +35,8 @@ LEAST_SCATTER = 0.03  # of single rounds; no clock is better
 class RoundCosts:
     """Posterior of the logarithm of a round's seconds ÷ a baseline step's, for draft lengths 0…`MAX_DRAFT_LENGTH`.
 
-    `mean` `[17]`, `covariance` `[17, 17]`. `monotone`: a longer draft is never cheaper.
+    `mean` `[17]`, `covariance` `[17, 17]`. `monotone`: a longer draft is never cheaper; where one is out of order,
+    what is known well moves less than what is not.
     """
 
     mean: np.ndarray
@@ -43,12 +46,15 @@ class RoundCosts:
     @property
     def ratios(self) -> np.ndarray:
         """The costs `[17]`, in baseline steps."""
-        return isotonic(np.exp(self.mean)) if self.monotone else np.exp(self.mean)
+        return self._ordered(np.exp(self.mean))
 
     def draws(self, count: int, noise: np.random.Generator) -> np.ndarray:
         """`[count, 17]` from the posterior."""
         drawn = np.exp(noise.multivariate_normal(self.mean, self.covariance, count, method="eigh"))
-        return np.apply_along_axis(isotonic, 1, drawn) if self.monotone else drawn
+        return np.stack([self._ordered(values) for values in drawn])
+
+    def _ordered(self, values: np.ndarray) -> np.ndarray:
+        return isotonic(values, 1 / np.diag(self.covariance)) if self.monotone else values
 
 
 def round_costs(prior: Costs, rounds: Sequence[Round], monotone: bool = True) -> RoundCosts:
@@ -63,6 +69,7 @@ def round_costs(prior: Costs, rounds: Sequence[Round], monotone: bool = True) ->
     covariance = np.full((len(lengths), len(lengths)), AT_ZERO**2)
     drafted, neighbours = DRAFTED + DRAFTED_DOUBT * prior.doubt, NEIGHBOURS + NEIGHBOURS_DOUBT * prior.doubt
     covariance[1:, 1:] += drafted**2 + neighbours**2 * np.minimum.outer(lengths[1:], lengths[1:])
+    covariance[1:, 1:] += (EACH_DOUBT * max(prior.doubt - IDLE, 0.0)) ** 2 * np.eye(len(lengths) - 1)
     seen = _evidence(rounds)
     if seen:
         at = np.array(sorted(seen))
@@ -79,7 +86,7 @@ def learned(prior: Costs, rounds: Sequence[Round], monotone: bool = True) -> Cos
     Passes and drafts are told apart by the rounds' own draft seconds, shrunk towards the prior like the rest.
     """
     ratios = round_costs(prior, rounds, monotone).ratios
-    steps = [r.seconds for r in rounds if r.lane == BASELINE and r.index > 0]
+    steps = [r.seconds for r in rounds if r.lane == BASELINE and r.index > 0 and r.seconds > 0]
     step = trimmed_mean(np.array(steps)) if len(steps) >= NEAR else prior.step_seconds
     other = max(float(ratios[0]) - 1, 0.0)
     scale = _draft_scale(prior, rounds, step)

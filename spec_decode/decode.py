@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from copy import copy
 
 import torch
@@ -136,13 +136,15 @@ def _decode(
     left = settings.max_new_tokens
     position = len(prompt)  # of the next token to be drawn
     clock, index = 0.0, 0
-    try:
+    with ExitStack() as held:
+        held.callback(cache.free)
         yield from prefill
         passed, prefill.passed = prefill.passed, None
         assert passed is not None
         # From here on the lane's time goes as if it had read the prompt itself just now.
         begun = time.perf_counter() - prefill.seconds
         if drafter is not None:
+            held.callback(drafter.close)
             for reading in drafter.start(prompt, settings, capacity) or ():
                 paused = time.perf_counter()
                 yield reading
@@ -190,10 +192,6 @@ def _decode(
             index += 1
             yield done
             begun = time.perf_counter()  # what the reader of rounds does is not this lane's time
-    finally:
-        cache.free()
-        if drafter is not None:
-            drafter.close()
 
 
 def _verify(draft: Draft, logits: Tensor, position: int, settings: Settings, alone: bool) -> tuple[Verdict, Tensor]:

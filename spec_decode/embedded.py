@@ -95,7 +95,7 @@ def gguf(progress: Say | None = None) -> Path:
     """
     say = progress or (lambda line: None)
     kept = cache_dir() / Path(GGUF).name
-    if kept.exists() and _sha256(kept) == GGUF_SHA256:
+    if kept.exists() and sha256(kept) == GGUF_SHA256:
         return kept
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def damage(model: Path) -> str | None:
             return f"format {manifest['format']}, not {FORMAT}"
         files = manifest["files"].items()
         wrong = next((name for name, meta in files if (model / name).stat().st_size != meta["bytes"]), None)
-        wrong = wrong or next((name for name, meta in files if _sha256(model / name) != meta["sha256"]), None)
+        wrong = wrong or next((name for name, meta in files if sha256(model / name) != meta["sha256"]), None)
         return f"{wrong} has changed" if wrong else None
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -179,7 +179,7 @@ def _seal(model: Path) -> None:
     for path in sorted(model.iterdir()):
         path.chmod(0o644)  # safetensors writes 0600; a shared cache is for every user
         _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     (model / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
     _sync(model / MANIFEST)
     _sync(model)
@@ -194,7 +194,8 @@ def _sync(path: Path) -> None:
             os.close(handle)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal. Raises OSError if it cannot be read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -202,9 +203,9 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check(path: Path, sha256: str) -> None:
-    if (found := _sha256(path)) != sha256:
-        raise ModelError(f"{path.name} is not the pinned file (SHA-256 {found[:12]}…, not {sha256[:12]}…)")
+def _check(path: Path, wanted: str) -> None:
+    if (found := sha256(path)) != wanted:
+        raise ModelError(f"{path.name} is not the pinned file (SHA-256 {found[:12]}…, not {wanted[:12]}…)")
 
 
 def fetch_anyhow(work: Path, say: Say) -> Path:

@@ -423,7 +423,7 @@ MUTANTS = [
         "verification.py",
         "torch.where(accepted[..., None] == length, 0.0, own_q)",
         "own_q",
-        f"{SPEAKS}[several]",
+        f"{SPEAKS}[acceptance]",
     ),
     Mutant(
         "the correction is drawn from p",
@@ -458,7 +458,7 @@ MUTANTS = [
         "verification.py",
         "token = _own_token(draft, p, q, accepted, noise, lenience)",
         "token = _own_token(draft, p, q, accepted, noise, 1.0)",
-        "test_verification.py::test_rejection_and_threshold_agree_with_the_loop",
+        "test_statistics.py::test_threshold_emits_what_its_divergence_is_of",
     ),
     Mutant(
         "drift is averaged over drafts",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,3 +156,16 @@ def test_models_prints_every_pair_and_what_fits(capsys: pytest.CaptureFixture[st
     assert {row["fits"] for row in listing(torch.device("cpu"), room=1)} == {None}
     assert main(["models", "--memory", "plenty"]) == 2
     assert "number of gigabytes" in capsys.readouterr().err
+
+
+# What is installed
+
+
+def test_the_readme_and_the_container_pin_torch_as_the_requirements_do() -> None:
+    """Else the CPU build that is installed first is replaced by one with CUDA."""
+    root = Path(__file__).parents[1]
+    (torch_line,) = [line for line in (root / "requirements.txt").read_text().splitlines() if line.startswith("torch")]
+    (advised,) = re.findall(r'^pip install "?(torch[^"\s]*)"? --index-url', (root / "README.md").read_text(), re.M)
+    assert advised == torch_line
+    (built,) = re.findall(r"pip install (\S.*) --index-url", (root / "Dockerfile").read_text())
+    assert built == '"$(grep ^torch requirements.txt)"'

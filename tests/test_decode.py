@@ -60,6 +60,9 @@ class Model:
     def prefill(self, tokens: Tensor, cache: Cache, hidden: bool = False) -> Pass:
         return Pass(self.verify(tokens, cache).logits[-1:], None, cache)  # type: ignore[arg-type]
 
+    def read(self, tokens: Tensor, cache: Cache, hidden: bool = False) -> Iterator[Pass]:
+        yield self.prefill(tokens, cache)
+
     def verify(self, tokens: Tensor, cache: Cache, hidden: bool = False) -> Pass:
         start = cache.length
         cache.ids += tokens.tolist()

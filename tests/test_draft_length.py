@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -22,7 +23,7 @@ def finished(drafted: int, accepted: int, seconds: float) -> Round:
 
 
 def seconds(costs: Costs, length: int) -> float:
-    return costs.step_seconds * (costs.verify_ratio[length] + length * costs.draft_ratio)
+    return costs.step_seconds * costs.round(length)
 
 
 def drive(chooser: Controller, costs: Costs, chance: float, rounds: int, seed: int = 0) -> list[int]:
@@ -125,15 +126,21 @@ def test_adaptive_stays_in_range(longest: int) -> None:
 
 
 def drive_gated(
-    chooser: Adaptive, costs: Costs, rounds: int, honest: float = 1.0, scale: float = 1.0, seed: int = 0
+    chooser: Adaptive,
+    costs: Costs,
+    rounds: int,
+    honest: float = 1.0,
+    scale: float = 1.0,
+    seed: int = 0,
+    power: float = 1.0,
 ) -> tuple[float, float, list[int]]:
-    """Tokens, seconds and lengths of drafts whose confidences c are spread evenly over [0, `scale`] and which are
-    accepted with probability `honest` · c."""
+    """Tokens, seconds and lengths of drafts whose confidences c are spread evenly over [0, `scale`], or
+    for a `power` below 1 lie nearer its end, and which are accepted with probability `honest` · c."""
     rng, tokens, spent, lengths = random.Random(seed), 0, 0.0, []
     for _ in range(rounds):
         length, sure = chooser.choose(), []
         while len(sure) < length:
-            sure.append(scale * rng.random())
+            sure.append(scale * rng.random() ** power)
             if not chooser.go_on(sure):
                 break
         accepted = next((i for i, c in enumerate(sure) if rng.random() >= honest * c), len(sure))
@@ -150,6 +157,7 @@ def drive_gated(
     return tokens, spent, lengths
 
 
+STEEP = Costs(0.006, (1.0, 1.03, 1.18, 1.29, 1.38, *(1.62 + 0.22 * g for g in range(12))), 0.04, 0.1)
 MIDDLE = Costs(0.01, tuple(1 + 0.1 * g for g in range(17)), 0.07)
 
 
@@ -194,6 +202,26 @@ def test_what_was_drafted_behind_a_refusal_teaches_nothing() -> None:
     assert tokens[3:] != [Adaptive(MIDDLE).expected_tokens(n) for n in range(3, 17)]
     untouched = Adaptive(MIDDLE).go_on.chances.tolist()
     assert [now != then for now, then in zip(chances, untouched, strict=True)] == [i in (4, 7) for i in range(8)]
+
+
+@pytest.mark.parametrize("unit", [0.25, 4.0])
+def test_costs_measured_while_the_machine_was_busy_do_not_keep_drafts_short(unit: float) -> None:
+    """A plain step took `unit` times as long when costs were measured; drafts are as good as with the true figure."""
+
+    def rate(costs: Costs) -> float:
+        runs = [drive_gated(Adaptive(costs), STEEP, 150, seed=seed, power=0.2) for seed in range(6)]
+        return sum(tokens for tokens, _, _ in runs) / sum(spent for _, spent, _ in runs)
+
+    assert rate(replace(STEEP, step_seconds=unit * STEEP.step_seconds)) > 0.95 * rate(STEEP)
+
+
+def test_drafts_that_looked_cheaper_than_they_are_do_not_run_too_long() -> None:
+    low = replace(STEEP, verify_ratio=(1.0, *(0.7 + 0.4 * v for v in STEEP.verify_ratio[1:])), draft_start=0.0)
+    rates = []
+    for costs in (low, STEEP):
+        runs = [drive_gated(Adaptive(costs), STEEP, 150, seed=seed, power=0.2) for seed in range(6)]
+        rates.append(sum(tokens for tokens, _, _ in runs) / sum(spent for _, spent, _ in runs))
+    assert rates[0] > 0.95 * rates[1]
 
 
 def test_go_on_never_goes_beyond_the_longest() -> None:

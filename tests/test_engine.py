@@ -25,7 +25,7 @@ from spec_decode.drafters.lookup import LookupDrafter
 from spec_decode.drafters.model import ModelDrafter, check_same_vocabulary
 from spec_decode.drafters.mtp import MTPDrafter
 from spec_decode.errors import ModelError, OutOfMemory, PromptError, UserError
-from spec_decode.events import BASELINE, SPECULATIVE, Reading, Trace
+from spec_decode.events import BASELINE, SPECULATIVE, Costs, Reading, Trace
 from spec_decode.race import Race
 from spec_decode.settings import Settings
 from spec_decode.target import CHUNKS, Target, choose_chunk
@@ -90,6 +90,31 @@ def test_a_reader_that_dawdles_is_on_no_clock(pair, monkeypatch):
     for _ in race:
         now[0] += 100.0
     assert [r.clock for r in race.rounds] == [0.0] * len(race.rounds)
+
+
+def test_a_race_teaches_the_next_what_rounds_cost():
+    """Only under rules whose texts do not depend on draft lengths: the next race may have the same seed, and the draft
+    lengths of rejection must not know of noise still to be used."""
+    loaded = Costs(1.0, (1.0,) * 17, 0.0, doubt=0.3)  # a step takes no second here, and wider passes cost more
+    for settings, teaches in (
+        (Settings(max_new_tokens=40, draft_length=2), True),
+        (Settings(max_new_tokens=40, draft_length=2, temperature=1.0), True),
+        (Settings(max_new_tokens=40, draft_length=2, temperature=1.0, rule="rejection"), False),
+        (Settings(max_new_tokens=40, draft_length=2, temperature=1.0, rule="threshold"), False),
+    ):
+        pair = tiny.PairOf(Target(tiny.model("llama")), LookupDrafter())
+        pair.costs = loaded
+        first = Race(pair, PROMPT, settings)
+        list(first)
+        assert first.trace.costs == loaded and (pair.learned is not None) == teaches
+        second = Race(pair, PROMPT, settings)
+        list(second)
+        assert second.trace.costs == second.costs
+        if teaches:
+            assert 0 < second.costs.step_seconds < 0.5
+        else:
+            assert second.costs == loaded
+        assert pair.costs == loaded, "what was measured at load stays"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])

@@ -28,6 +28,7 @@ from transformers import (
     Gemma4ForConditionalGeneration,
     Gemma4UnifiedConfig,
     Gemma4UnifiedForConditionalGeneration,
+    Lfm2Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -75,7 +76,7 @@ def multimodal(text: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def pair_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a tiny `target`, multimodal, and its `assistant`."""
+    """A directory with a tiny `target`, multimodal, its `assistant`, and the configuration of a `hybrid`."""
     home = tmp_path_factory.mktemp("pair")
     text, assistant = tiny.gemma4("shared")
     whole = multimodal(text)
@@ -84,6 +85,9 @@ def pair_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer().save_pretrained(home / "target")
     assistant.generation_config.num_assistant_tokens = 3
     assistant.save_pretrained(home / "assistant")
+    (home / "hybrid").mkdir()
+    layers = {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
+    Lfm2Config(**layers, hidden_size=32, num_attention_heads=4).save_pretrained(home / "hybrid")
     return home
 
 
@@ -441,7 +445,7 @@ class Hub(BaseHTTPRequestHandler):
             code, kind = 501, ""  # one that its client does not try again
         elif name == "tiny/hollow":
             pass
-        elif name not in ("tiny/target", "tiny/assistant"):
+        elif name not in ("tiny/target", "tiny/assistant", "tiny/hybrid"):
             kind = "RepoNotFound"
         elif revision and revision not in ("main", self.revision, self.old):
             kind = "RevisionNotFound"
@@ -530,10 +534,14 @@ def test_a_pair_comes_from_the_hub_once_and_then_from_the_disk(hub: tuple[str, l
 
 @pytest.mark.slow
 def test_what_the_hub_refuses_is_one_sentence(hub: tuple[str, list[str]], tmp_path: Path) -> None:
-    address, _ = hub
+    address, asked = hub
     names = ["tiny/gated", "tiny/nothing", "google/gemma-4-9b-it", "tiny/closed", "tiny/hollow", "tiny/busy"]
     cases = [{"target": name} for name in names] + [{"drafter": "google/gemma-4-2b-it-draft"}]
-    gated, missing, misnamed, closed, hollow, busy, helper = elsewhere(tmp_path, cases, HF_ENDPOINT=address)
+    cases += [{who: "tiny/hybrid"} for who in ("target", "drafter")]
+    gated, missing, misnamed, closed, hollow, busy, helper, *hybrid = elsewhere(tmp_path, cases, HF_ENDPOINT=address)
+    for sentence in hybrid:
+        assert sentence.startswith("tiny/hybrid cannot be used: lfm2 has conv layers, whose state cannot roll back")
+    assert {Path(path).name for path in asked if "tiny/hybrid" in path} == {"config.json"}, "no weights were fetched"
     assert closed.startswith("Your token may not read tiny/closed;")
     assert hollow.startswith("tiny/hollow has no config.json that can be used")
     assert busy == "The Hugging Face Hub answers with error 501, so tiny/busy cannot be read; try again later."
@@ -547,7 +555,7 @@ def test_what_the_hub_refuses_is_one_sentence(hub: tuple[str, list[str]], tmp_pa
     assert "does not accept your token" in refused
     (unreachable,) = elsewhere(tmp_path, [{}], HF_ENDPOINT="http://127.0.0.1:9")
     assert "the Hugging Face Hub cannot be reached" in unreachable
-    for sentence in (gated, missing, misnamed, closed, hollow, busy, helper, refused, unreachable):
+    for sentence in (gated, missing, misnamed, closed, hollow, busy, helper, *hybrid, refused, unreachable):
         assert "\n" not in sentence and sentence.endswith(".")
 
 
@@ -591,3 +599,26 @@ def test_costs_tell_the_first_draft_step_from_the_others(monkeypatch: pytest.Mon
     assert costs.verify_ratio == pytest.approx([(11 + g) / 11 for g in range(17)])
     assert costs.draft_ratio == pytest.approx(0.5 / 11) and costs.draft_start == pytest.approx(2 / 11)
     assert costs.round(0) == pytest.approx(1) and costs.round(4) == pytest.approx((15 + 4) / 11)
+
+
+def test_costs_do_not_fall_with_width_and_say_how_far_their_samples_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock on which the machine is three times slower for a while, and 3 tokens look cheaper than 2."""
+    now, passes = [0.0], [0]
+
+    target = Target(tiny.model("llama"))
+    verify = target.verify
+    costs = {1: 10.0, 2: 14.0, 3: 11.0, 4: 13.0, 5: 14.0}
+
+    def clocked(tokens: torch.Tensor, cache: Any, hidden: bool = False) -> Any:
+        passes[0] += 1
+        busy = 3.0 if 40 <= passes[0] < 62 else 1.0  # a bit more than a turn
+        now[0] += busy * costs.get(len(tokens), 12.0 + len(tokens))
+        return verify(tokens, cache, hidden)
+
+    monkeypatch.setattr(target, "verify", clocked)
+    monkeypatch.setattr(models, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    found = models.measure_costs(target, LookupDrafter(), repeats=7)
+    assert found.step_seconds == pytest.approx(10) and found.verify_ratio[0] == 1
+    assert found.verify_ratio[1:5] == pytest.approx([1.267, 1.267, 1.3, 1.4], abs=0.04)
+    assert list(found.verify_ratio) == sorted(found.verify_ratio)
+    assert found.doubt < 0.02

@@ -125,13 +125,14 @@ def test_costs_measured_on_a_busy_machine_widen_the_band_and_do_not_move_what_wa
     """Load-time figures that are wrong by up to 2×, and say so (`doubt`), as the issue found them."""
     wrong = Costs(0.013, (1.0, 1.77, 1.77, 2.1, *(2.3 + 0.3 * g for g in range(13))), 0.1, 0.3, doubt=0.3)
     inside, width, _ = judge(4, wrong)
-    assert inside >= 0.9 and width <= 0.5
+    assert inside >= 0.9 and width > 0.2
     for seed, world in enumerate(worlds()):
         trace = world.race(4, measured=wrong)
         acceptance = metrics.per_position_acceptance(trace.lane(SPECULATIVE))
         assert metrics.predicted_speedup(acceptance, wrong, 4) < 0.7 * later(seed)[3], "what was shown before"
         found = predict(trace)
         assert found is not None and found.median[3] == pytest.approx(later(seed)[3], rel=0.12)
+        assert (found.high[3] - found.low[3]) / found.median[3] < 0.2
 
 
 def test_a_best_length_is_named_where_the_band_tells() -> None:

@@ -388,6 +388,9 @@ class TableModel:
     def prefill(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
         return Pass(self.verify(tokens, cache).logits[-1:], None, cache)
 
+    def read(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Iterator[Pass]:
+        yield self.prefill(tokens, cache)
+
     def verify(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
         start = len(cache.ids)
         cache.ids += tokens.tolist()
