@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from .cache import ARGUMENT, RollbackCache, layer_kinds
 from .clock import finish
 
-CHUNKS = (8, 32, 128, 512, 2048)  # tokens of a prompt that are read at a time: one of these
+# Tokens of a prompt that are read at a time: one of these, all of them multiples of `kernels.products.MOST`.
+CHUNKS = (6, 24, 96, 384, 1536)
 AIM = 0.4  # seconds that a chunk may take where `FAR` positions stand before it
 FAR = 4096
 

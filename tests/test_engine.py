@@ -309,10 +309,10 @@ def test_why_a_race_was_stopped_stands_in_its_trace(pair):
 @pytest.mark.parametrize(
     ("row", "once", "chosen", "measured"),
     [
-        (0.009, 0.01, 32, [8, 32]),  # 128 would take a second, and need not be tried
-        (0.00001, 0.002, 512, [8, 32, 128, 512]),  # as far as the context goes
-        (0.0005, 0.3, 128, [8, 32, 128]),  # reading the weights takes longest
-        (0.2, 0.0, 8, [8]),  # nothing would be fast enough
+        (0.009, 0.01, 24, [6, 24]),  # 96 would take a second, and need not be tried
+        (0.00001, 0.002, 384, [6, 24, 96, 384]),  # as far as the context goes
+        (0.0005, 0.3, 96, [6, 24, 96]),  # reading the weights takes longest
+        (0.2, 0.0, 6, [6]),  # nothing would be fast enough
     ],
 )
 def test_the_size_of_a_chunk_is_measured(row, once, chosen, measured, monkeypatch):
