@@ -81,7 +81,7 @@ def test_each_is_judged_by_its_own_drafts() -> None:
     either.draft(3)
     either.extend([5, 6, 7, 8], None)  # type: ignore[arg-type]
     then = either.rate("other")
-    assert either.draft(3).ids.tolist() == [9, 10, 11], "looked up again"
+    assert either.draft(3).ids.tolist() == [9, 10, 50], "looked up again: what followed the latest match"
     either.extend([9, 10, 11, 12], None)  # type: ignore[arg-type]
     assert either.rate("other") == then
 

@@ -184,11 +184,11 @@ def joint_of_two(target: Target, settings: Settings) -> torch.Tensor:
     return distribution(logits[0, -2], settings)[:, None] * distribution(logits[:, -1], settings)
 
 
-def chance(target: Target, drafter: MTPDrafter, length: int, temperature: float) -> float:
+def chance(target: Target, drafter: MTPDrafter, length: int, temperature: float, trials: int = TRIALS) -> float:
     """p-value of the first two tokens' joint distribution under the rejection rule; one draft covers the second."""
     counts = torch.zeros(SMALL, SMALL)
     settings = Settings(temperature=temperature, rule="rejection", max_new_tokens=length + 2)
-    for seed in range(TRIALS):
+    for seed in range(trials):
         settings = Settings(temperature=temperature, rule="rejection", max_new_tokens=length + 2, seed=seed)
         rounds = decode.speculative(
             target, drafter, Fixed(length), PROMPT, TextStream(tiny.Characters(), PROMPT), settings
@@ -196,14 +196,14 @@ def chance(target: Target, drafter: MTPDrafter, length: int, temperature: float)
         first, second = next(rounds).emitted[0].id, next(rounds).emitted[0].id
         rounds.close()
         counts[first, second] += 1
-    expected = joint_of_two(target, settings).double().flatten() * TRIALS
+    expected = joint_of_two(target, settings).double().flatten() * trials
     observed = counts.double().flatten()
     rare = expected < 5  # one class of all that are too rare for chi-square
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
     observed = torch.cat([observed[~rare], observed[rare].sum()[None]])
     kept = expected > 0
     assert observed[~kept].sum() == 0
-    return float(scipy.stats.chisquare(observed[kept].numpy(), expected[kept].numpy() / expected.sum() * TRIALS).pvalue)
+    return float(scipy.stats.chisquare(observed[kept].numpy(), expected[kept].numpy() / expected.sum() * trials).pvalue)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_rejection_of_argmax_drafts_is_not_exact() -> None:
 
     model, assistant = tiny.gemma4("dense", vocab_size=SMALL)
     target = Target(model)
-    assert chance(target, Argmax(assistant, target), 1, 1.0) < FALSE_ALARM
+    assert chance(target, Argmax(assistant, target), 1, 1.0, 2 * TRIALS) < FALSE_ALARM
 
 
 def test_a_drafter_of_another_target_is_refused() -> None:
