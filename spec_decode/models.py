@@ -43,7 +43,7 @@ from .errors import ModelError, is_out_of_memory
 from .events import Costs
 from .kernels import sharing
 from .settings import MAX_DRAFT_LENGTH, Settings
-from .target import Target, choose_chunk
+from .target import Target, choose_chunks
 from .text import can_think
 
 Say = Callable[[str], None]
@@ -101,7 +101,7 @@ class Pair:
 
     @property
     def machine(self) -> dict[str, Any]:
-        return {**machine(self.target.device), "prefill_chunk": self.target.chunk}
+        return {**machine(self.target.device), "prefill_chunks": self.target.chunks}
 
     @property
     def info(self) -> dict[str, str]:
@@ -237,7 +237,7 @@ def load_pair(
         if place.type == "cpu":
             sampling.get_ready()
             choose_threads(lead, plan.dtype == "int8")
-        choose_chunk(lead)
+        choose_chunks(lead)
         pair.costs = measure_costs(lead, helper)
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -448,7 +448,7 @@ def _load_model_drafter(source: str, target: Target, tokenizer: Any, plan: Plan)
     check_same_vocabulary(tokenizer, load_tokenizer(source, how.revision))
     model = Target(load_model(source, place, plan.dtype, how))
     check_rollback(model, source, how)
-    choose_chunk(model)
+    choose_chunks(model)
     name = embedded.NAME if source == str(embedded.cache_dir() / embedded.NAME) else source
     return ModelDrafter(model, name, target.vocabulary, target.device)
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .cache import ARGUMENT, RollbackCache, layer_kinds
+from .cache import ARGUMENT, BUCKET, RollbackCache, layer_kinds
 from .clock import finish
 
 # Tokens of a prompt that are read at a time: one of these, all of them multiples of `kernels.products.MOST`.
 CHUNKS = (6, 24, 96, 384, 1536)
-AIM = 0.4  # seconds that a chunk may take where `FAR` positions stand before it
+AIM = 0.8  # seconds that a chunk may take
 FAR = 4096
+ANYWHERE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Target:
         vocabulary: width V of its logits.
         kinds: `full_attention` or `sliding_attention` for every layer.
         eos: ids that end a text, from the generation config.
-        chunk: tokens of a prompt that `read` gives to one pass; see `choose_chunk`.
+        chunks: (size, position) pairs, the largest size first: `read` gives that many tokens of a prompt to one pass
+            where no more than `position` tokens stand before them; see `choose_chunks`.
 
     Raises:
         ValueError: the model has layers whose state cannot roll back (recurrent, chunked attention).
@@ -63,7 +65,7 @@ class Target:
         eos = model.generation_config.eos_token_id if model.generation_config else None
         eos = self.config.eos_token_id if eos is None else eos
         self.eos = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
-        self.chunk = CHUNKS[-1]
+        self.chunks: tuple[tuple[int, int], ...] = ((CHUNKS[-1], ANYWHERE),)
 
     def new_cache(self, capacity: int) -> RollbackCache:
         """A cache for one sequence of up to `capacity` positions."""
@@ -74,19 +76,24 @@ class Target:
         return self._forward(tokens, cache, hidden, keep=1)
 
     def read(self, tokens: Tensor, cache: RollbackCache, hidden: bool = False) -> Iterator[Pass]:
-        """`prefill`, `chunk` tokens at a time: yields a pass for each, k = 1, when the device is done with it, so that
-        a prompt can be left half read. The last one is what `prefill` gives, and alone has hidden states.
+        """`prefill`, a chunk at a time: yields a pass for each, k = 1, when the device is done with it, so that a
+        prompt can be left half read. The last one is what `prefill` gives, and alone has hidden states.
 
         With kernels that treat every row alike (`cpu.Int8Llama`) it is the same to the bit however the prompt is cut.
         Other models add up in another order when a pass has another width, so that the last bits, and now and then a
-        token, may differ between two sizes of `chunk`. A race has one size and reads its prompt once, so its lanes
-        never differ for that reason."""
-        count = tokens.shape[0]
-        for start in range(0, count, self.chunk):
-            last = start + self.chunk >= count
-            passed = self._forward(tokens[start : start + self.chunk], cache, hidden and last, keep=1)
+        token, may differ between two choices of `chunks`. A race has one and reads its prompt once, so its lanes never
+        differ for that reason."""
+        count, start = tokens.shape[0], 0
+        while start < count:
+            end = start + self._chunk(cache.length)
+            passed = self._forward(tokens[start:end], cache, hidden and end >= count, keep=1)
             finish(passed.logits.device)
+            start = end
             yield passed
+
+    def _chunk(self, position: int) -> int:
+        """Tokens to read at a time where `position` stand before them; the smallest size where none was fast enough."""
+        return next((size for size, furthest in self.chunks if position <= furthest), self.chunks[-1][0])
 
     def verify(self, tokens: Tensor, cache: RollbackCache, hidden: bool = False) -> Pass:
         """One pass over int64 `[k]` tokens after what the cache holds; row i gives the distribution after token i."""
@@ -108,42 +115,52 @@ class Target:
         return Pass(out.logits[0], out.hidden_states[-1][0, -keep:] if hidden else None, cache)
 
 
-def choose_chunk(target: Target) -> int:
-    """Chooses the size of the chunks in which `target` reads prompts, and returns it: the largest of `CHUNKS` that took
-    no longer than `AIM` behind `FAR` positions (or behind as many as the context has).
+def choose_chunks(target: Target) -> tuple[tuple[int, int], ...]:
+    """Chooses the sizes of the chunks in which `target` reads prompts, sets and returns `target.chunks`: anywhere the
+    largest of `CHUNKS` that is expected to take no longer than `AIM`.
 
-    What attention takes grows with the positions before it, so behind twice as many a chunk takes up to twice as long.
-    Few sizes that lie far apart, so that one machine rarely chooses differently from load to load: for most models a
-    seed stands for one text only while the size stays the same (see `Target.read`).
+    What attention takes grows with the positions before it, so the seconds of a chunk are a line in that number: each
+    size is timed at the start of a text and after `FAR` positions (or as many as the context has). A size that the two
+    before it let expect to take too long is not timed, and nor are those beyond it.
 
-    No size is measured that the two before it let expect to take too long.
+    Few sizes that lie far apart, and positions in whole buckets, so that one machine rarely chooses differently from
+    load to load: for most models a seed stands for one text only while the choice stays the same (see `Target.read`).
     """
     room = min(target.context, FAR)
     cache = target.new_cache(room)
     tokens = torch.arange(min(CHUNKS[-1], room), device=target.device) % target.vocabulary
 
-    def seconds(size: int) -> float:
+    def seconds(size: int, position: int) -> float:
         cache.reset()
-        cache.advance(room - size)  # zeros are as good as any keys and values
+        cache.advance(position)  # zeros are as good as any keys and values
         begun = time.perf_counter()
         finish(target.prefill(tokens[:size], cache).logits.device)
         return time.perf_counter() - begun
 
-    seconds(1)  # buffers are made, kernels compiled
-    measured: list[tuple[int, float]] = []
+    seconds(1, 0)  # buffers are made, kernels compiled
+    known = [(1, seconds(1, 0), seconds(1, room - 1))]  # size, seconds at the start, seconds at the end
+    chosen: list[tuple[int, int]] = []
     for size in CHUNKS:
-        if size > room or (measured and _expected(measured, size) > AIM):
+        near, far = (_expected([(known_size, both[at]) for known_size, *both in known], size) for at in (0, 1))
+        if size > room or near > AIM:
             break
-        measured.append((size, seconds(size)))
+        near = seconds(size, 0)
+        if far <= 2 * AIM:  # else what is expected tells well enough where it begins to be too slow
+            far = seconds(size, room - size)
+        known.append((size, near, far))
+        if near <= AIM:
+            slope = max(far - near, 0.0) / max(room - size, 1)
+            furthest = ANYWHERE if near + slope * target.context <= AIM else int((AIM - near) / slope)
+            chosen.append((size, furthest if furthest == ANYWHERE else furthest // BUCKET * BUCKET))
     cache.free()
-    target.chunk = max((size for size, took in measured if took <= AIM), default=CHUNKS[0])
-    return target.chunk
+    target.chunks = tuple(reversed(chosen)) or ((CHUNKS[0], ANYWHERE),)
+    return target.chunks
 
 
-def _expected(measured: list[tuple[int, float]], size: int) -> float:
+def _expected(known: list[tuple[int, float]], size: int) -> float:
     """Seconds that `size` rows will take: on the line through the last two measurements, or as long as the only one."""
-    last, took = measured[-1]
-    if len(measured) == 1:
+    last, took = known[-1]
+    if len(known) == 1:
         return took
-    before, less = measured[-2]
+    before, less = known[-2]
     return took + (size - last) * max(took - less, 0.0) / (last - before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ from spec_decode.errors import ModelError, OutOfMemory, PromptError, UserError
 from spec_decode.events import BASELINE, SPECULATIVE, Costs, Reading, Trace
 from spec_decode.race import Race
 from spec_decode.settings import Settings
-from spec_decode.target import CHUNKS, Target, choose_chunk
+from spec_decode.target import ANYWHERE, BUCKET, CHUNKS, Target, choose_chunks
 from spec_decode.text import TextStream, encode_chat
 
 PROMPT = "one two three, one two three, one two"
@@ -183,7 +184,7 @@ def held(prefill: Prefill) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lane_begins_with_the_bits_it_would_have_computed(kind, request, one_thread):
     target = make(kind, request)
-    target.chunk = 32
+    target.chunks = ((32, ANYWHERE),)
     shared, own = (Prefill(target, LONG, len(LONG) + 30, hidden=True) for _ in range(2))
     assert [reading.read for reading in shared] == [32, 64] == [reading.read for reading in own]
     twin = shared.copy()
@@ -203,7 +204,8 @@ def test_where_rows_do_not_mix_a_prompt_is_the_same_however_it_is_cut(kind, requ
     target = make(kind, request)
     whole = target.new_cache(len(LONG))
     expected = target.prefill(torch.tensor(LONG), whole, hidden=True)
-    for target.chunk in (8, 32, 74):
+    for chunks in (((8, ANYWHERE),), ((74, 0), (32, ANYWHERE)), ((32, 40), (8, 50), (1, 0))):
+        target.chunks = chunks
         prefill = Prefill(target, LONG, len(LONG), hidden=True)
         list(prefill)
         assert torch.equal(prefill.passed.logits, expected.logits)
@@ -245,7 +247,7 @@ def test_a_prefill_counts_for_each_lane_as_its_own_and_a_drafters_for_the_drafte
     monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     target, helper = Target(tiny.model("llama")), Target(tiny.model("llama", seed=3))
     for model, seconds in ((target, 1.0), (helper, 0.25)):
-        model.chunk = 16
+        model.chunks = ((16, ANYWHERE),)
 
         def read(*args, read=model.read, seconds=seconds):
             for passed in read(*args):
@@ -279,7 +281,7 @@ def test_a_prefill_counts_for_each_lane_as_its_own_and_a_drafters_for_the_drafte
 @pytest.mark.parametrize("passes", [0, 1, 2, 4])
 def test_stop_takes_effect_within_one_chunk_of_a_prompt(passes, monkeypatch):
     target, helper = Target(tiny.model("llama")), Target(tiny.model("llama", seed=3))
-    target.chunk = helper.chunk = 16
+    target.chunks = helper.chunks = ((16, ANYWHERE),)
     done = []
     for model in (target.model, helper.model):
 
@@ -307,30 +309,45 @@ def test_why_a_race_was_stopped_stands_in_its_trace(pair):
 
 
 @pytest.mark.parametrize(
-    ("row", "once", "chosen", "measured"),
+    ("row", "position", "once", "chosen", "measured"),
     [
-        (0.009, 0.01, 24, [6, 24]),  # 96 would take a second, and need not be tried
-        (0.00001, 0.002, 384, [6, 24, 96, 384]),  # as far as the context goes
-        (0.0005, 0.3, 96, [6, 24, 96]),  # reading the weights takes longest
-        (0.2, 0.0, 6, [6]),  # nothing would be fast enough
+        # 384 rows take 0.5 s at the start and 0.8 s after 1,000 positions; 1,536 would take 2 s, and are not timed
+        (0.0013, 7e-7, 0.01, ((384, 1024), (96, 9728), (24, ANYWHERE), (6, ANYWHERE)), [6, 24, 96, 384]),
+        (0.00001, 1e-9, 0.002, tuple((size, ANYWHERE) for size in reversed(CHUNKS)), list(CHUNKS)),
+        (0.0005, 0.0, 0.6, ((384, ANYWHERE), (96, ANYWHERE), (24, ANYWHERE), (6, ANYWHERE)), [6, 24, 96, 384]),
+        (0.2, 0.0, 0.0, ((6, ANYWHERE),), [6]),  # nothing is fast enough
     ],
 )
-def test_the_size_of_a_chunk_is_measured(row, once, chosen, measured, monkeypatch):
+def test_the_size_of_a_chunk_is_measured(row, position, once, chosen, measured, monkeypatch):
     now, seen = [0.0], []
     target = Target(tiny.model("llama"))
+    target.context = 16_000
     prefill = target.prefill
 
     def timed(tokens, cache):
         seen.append(len(tokens))
-        assert cache.length + len(tokens) in (target.context, target.context - len(tokens) + 1)
-        now[0] += once + row * len(tokens)
-        return prefill(tokens, cache)
+        now[0] += once + len(tokens) * (row + position * cache.length)
+        return prefill(tokens[:1], cache)
 
     monkeypatch.setattr(target_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(target, "prefill", timed)
-    assert choose_chunk(target) == target.chunk == chosen
-    assert seen[0] == 1 and seen[1:] == measured
-    assert target.chunk in CHUNKS
+    assert choose_chunks(target) == target.chunks
+    assert list(dict.fromkeys(seen)) == [1, *measured]
+    assert target.chunks == chosen
+
+    # what the choice is for: no chunk of a prompt takes longer than it may, where one that small can be had
+    for before in range(0, target.context, BUCKET):
+        size = target._chunk(before)
+        took = once + size * (row + position * before)
+        assert took <= target_module.AIM * 1.05 or size == CHUNKS[0]
+
+
+def test_a_prompt_is_read_in_the_chunks_of_its_positions():
+    target = Target(tiny.model("llama"))
+    target.chunks = ((32, 0), (8, 40), (4, 50))
+    prefill = Prefill(target, LONG, len(LONG))
+    read = [0, *(reading.read for reading in prefill), len(LONG)]
+    assert [end - start for start, end in pairwise(read)] == [32, 8, 8, 4, 4, 4, 4, 4, 4, 3]
 
 
 # Text
@@ -481,7 +498,8 @@ def test_any_directory_makes_a_pair(checkpoint):
     assert race.trace.identical
     assert all(r.accepted == r.drafted for r in race.trace.lane(SPECULATIVE))
     assert pair.costs is not None and pair.costs.verify_ratio[0] == 1
-    assert race.trace.machine["prefill_chunk"] == pair.target.chunk in CHUNKS
+    assert race.trace.machine["prefill_chunks"] == pair.target.chunks
+    assert {size for size, _ in pair.target.chunks} <= set(CHUNKS)
     pair.use_drafter("lookup")
     assert pair.info["drafter"] == "lookup"
 
