@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from gradio import queueing
 from ui_fakes import FakePair, FakeRace, fake_load
 
 import app
@@ -36,9 +37,9 @@ MOST = {"new_tokens": 2000, "seconds": 60.0}
 
 def wait(true: Callable[[], Any], seconds: float = 20) -> None:
     end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
+    while not true():  # asked once a turn: what was true may be so no longer
+        assert time.monotonic() < end, "this did not come true"
         time.sleep(0.02)
-    assert true()
 
 
 class Served:
@@ -78,6 +79,11 @@ class Served:
     def waiting(self) -> int:
         return int(self.http.get("/gradio_api/queue/status").json()["queue_size"])
 
+    @property
+    def calls(self) -> int:
+        """Those that wait, those that run, and those that pass from the one to the other, which `waiting` misses."""
+        return len(self.page._queue.event_ids_to_events)
+
     def close(self) -> None:
         self.http.close()
         self.page.close()
@@ -110,7 +116,9 @@ def served(running: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]
     running.pair.pace = 0.0
     for race in running.pair.races:
         race.stop()
-    wait(lambda: all(race.closed for race in running.pair.races) and running.waiting == 0)
+    wait(lambda: not running.calls)  # first, for a call that is about to run has no race yet
+    wait(lambda: all(race.closed for race in running.pair.races))
+    assert running.waiting == 0 and not running.page._queue.get_active_worker_count()
 
 
 @pytest.fixture
@@ -295,6 +303,59 @@ def test_one_who_leaves_while_the_prompt_is_read_frees_the_device(served: Served
             if '"process_generating"' in line:
                 break  # closes the connection
     wait(lambda: served.pair.races[0].closed, 5)
+
+
+def test_a_race_that_is_cancelled_twice_is_closed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.pair, "chunk_seconds", 1.0)
+    served.pair.chunks = 10
+    assert served.join("hasty").status_code == 200
+    wait(lambda: served.pair.races and any(served.page.app.iterators.values()))
+    time.sleep(0.2)  # now the race reads its first chunk
+    body = {"session_hash": "hasty", "fn_index": served.names["race"]["id"], "event_id": "another"}
+
+    def cancel() -> None:
+        assert httpx.post(f"{served.url}gradio_api/cancel", json=body, timeout=30).status_code == 200
+
+    threads = [threading.Thread(target=cancel) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.2)
+    for thread in threads:
+        thread.join()
+    wait(lambda: not served.calls and served.pair.races[0].closed, 5)
+    assert not served.page.app.iterators
+
+
+def test_a_race_that_is_cancelled_before_it_begins_gives_its_place_back(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = queueing.set_task_name
+
+    def cancelled(task: Any, session: str, *more: Any) -> None:
+        name(task, session, *more)
+        if session == "hasty":
+            task.cancel()  # as `/cancel` does when it comes between the making of a task and its first step
+
+    monkeypatch.setattr(queueing, "set_task_name", cancelled)
+    assert served.join("hasty").status_code == 200
+    wait(lambda: not served.calls, 5)
+    assert served.call("next")["data"] and len(served.pair.races) == 1
+
+
+def test_a_look_that_fails_is_not_the_last(served: Served, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    clean, calls = served.page._queue.clean_events, []
+
+    async def fails_once(**call: Any) -> None:
+        calls.append(call)
+        if len(calls) == 1:
+            raise RuntimeError("only once")
+        await clean(**call)
+
+    monkeypatch.setattr(served.page._queue, "clean_events", fails_once)
+    served.pair.pace = 1.0
+    assert served.join("deaf", data=arguments(tokens=1500)).status_code == 200
+    wait(lambda: served.pair.races and served.pair.races[0].closed)
+    assert len(calls) > 1 and "only once" in capsys.readouterr().err
 
 
 def test_a_session_has_two_races_waiting_at_most(busy: Served) -> None:

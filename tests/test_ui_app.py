@@ -40,9 +40,9 @@ def ready(pair: FakePair, **options: Any) -> Engine:
 
 def wait(true: Any, seconds: float = 10) -> None:
     end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
+    while not true():  # asked once a turn: what was true may be so no longer
+        assert time.monotonic() < end, "this did not come true"
         time.sleep(0.01)
-    assert true()
 
 
 def asked(**more: Any) -> Asked:

@@ -8,7 +8,9 @@ client that does not listen to its events, and nobody takes all the places in th
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -107,7 +109,10 @@ class Guard:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP)
-            await self.sweep(time.monotonic())
+            try:
+                await self.sweep(time.monotonic())
+            except Exception:  # one look that fails must not be the last
+                traceback.print_exc(file=sys.stderr)
 
     async def sweep(self, now: float) -> None:
         """Drops events that nobody has listened to for `PATIENCE` seconds, waiting or running, and what Gradio keeps
@@ -130,6 +135,32 @@ class Guard:
                 queue.pending_messages_per_session.pop(session, None)
         self._unheard = unheard
         self.listening = +self.listening  # without those that are zero
+        await self._free_lost()
+
+    async def _free_lost(self) -> None:
+        """Frees what Gradio keeps for ever of a call that neither waits nor has a task.
+
+        A call that is cancelled before its task began keeps its place on the device, so that no race could run any
+        more. One that is cancelled again while its task cleans up keeps its race open, and the memory of it.
+        """
+        queue = self._queue
+        tasks = [task.get_name() for task in queue._asyncio_tasks]
+        if not all("<gradio-sep>" in name for name in tasks):
+            return  # Gradio no longer names tasks after their events, or calls in batches: who is lost is not known
+        lost = []
+        for key, event in queue.event_ids_to_events.items():
+            line = queue.event_queue_per_concurrency_id[event.concurrency_id]
+            if event in line.queue or any(key in name for name in tasks):
+                continue
+            lost.append(key)
+            if [event] in queue.active_jobs:  # the task never began
+                queue.active_jobs[queue.active_jobs.index([event])] = None
+                line.current_concurrency -= 1
+                line.start_times_per_fn.clear()  # from which waits are estimated
+        for key in lost:  # all found before anything is awaited, for another call may begin meanwhile
+            del queue.event_ids_to_events[key]
+        for key in lost:
+            await queue.reset_iterators(key)  # closes the race, once its slice is over
 
 
 class Door:
