@@ -1,20 +1,23 @@
 """Spec Decode in the browser: `python app.py`, also the entry point of the Hugging Face Space.
 
-Parses flags, serves the page at once and loads the model behind it. Exit code 1 when it cannot serve, 2 for bad flags.
+Parses flags, serves the page at once and loads the model in the background; with `--replay FILE` it plays a trace back
+and needs no model. Exit code 1 when it cannot serve, 2 for bad flags.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import socket
 import sys
+from collections.abc import Callable
 from ipaddress import ip_address
-from typing import Any
 
-from spec_decode import catalog, flags, text
-from spec_decode.catalog import EMBEDDED
+from spec_decode import flags, text
 from spec_decode.errors import UserError
+from spec_decode.loading import catalog
+from spec_decode.sources import Source, replay
 from spec_decode.ui import Engine, Limits, build, launch_options
 
 # What a race may take where strangers may come, unless the flags say otherwise.
@@ -29,6 +32,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="address to listen on"
     )
     parser.add_argument("--port", type=_port, help="port to listen on (default: GRADIO_SERVER_PORT, else from 7860 up)")
+    parser.add_argument("--replay", metavar="FILE", help="play a trace back; no model is loaded, whatever else is said")
+    parser.add_argument(
+        "--speed", type=_factor, default=1.0, metavar="X", help="of a replay, relative to the recording (default: 1)"
+    )
     parser.add_argument("--share", action="store_true", help="open a public gradio.live link")
     parser.add_argument("--max-queue", type=int, default=32, help="visitors that may wait (default: %(default)s)")
     parser.add_argument(
@@ -49,6 +56,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.limits = limits(arguments)
     try:
         arguments.choice = flags.read(arguments)
+        arguments.recording = None
+        if arguments.replay:
+            arguments.recording = replay.ReplaySource(replay.read(arguments.replay), arguments.speed)
     except UserError as error:
         parser.error(str(error))
     return arguments
@@ -64,24 +74,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 1
 
-    def load(progress: Any) -> Any:
-        from spec_decode.models import load_pair
+    def load(progress: Callable[[str], None]) -> Source:
+        return arguments.recording or _local(arguments, progress)
 
-        pair = load_pair(**arguments.choice, progress=progress)
-        if arguments.thinking:
-            text.require_thinking(pair.tokenizer)
-        return pair
-
-    def race(*args: Any, **options: Any) -> Any:
-        from spec_decode.race import Race
-
-        return Race(*args, **options)
-
-    own, target = arguments.choice["drafter"], arguments.choice["target"]
-    mtp = ("mtp+lookup", "mtp") if target == EMBEDDED else ("mtp+lookup",) if catalog.find(target) else ()
-    engine = Engine(
-        load, race, drafters=(*mtp, "lookup"), own=own, thinking=arguments.thinking, limits=arguments.limits
-    )
+    engine = Engine(load, thinking=arguments.thinking, limits=arguments.limits)
     page = build(engine, arguments.max_queue)
     try:
         _, url, _ = page.launch(
@@ -103,10 +99,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _local(arguments: argparse.Namespace, progress: Callable[[str], None]) -> Source:
+    """The pair that the flags name, loaded, with the drafters that every visitor may choose."""
+    from spec_decode.loading.pair import load_pair
+    from spec_decode.sources.local import LocalSource
+
+    pair = load_pair(**arguments.choice, progress=progress)
+    if arguments.thinking:
+        text.require_thinking(pair.tokenizer)
+    offered = catalog.drafters(arguments.choice["target"])
+    return LocalSource(pair, own=arguments.choice["drafter"], drafters=offered)
+
+
 def limits(arguments: argparse.Namespace) -> Limits:
-    """What a race may take: what the flags say, else `PUBLIC` if other machines can reach the page."""
+    """What a race may take: what the flags say, else `PUBLIC` if other machines can reach the page. A replay takes
+    nothing of the device."""
     shared = arguments.share or os.environ.get("GRADIO_SHARE", "").lower() == "true"
-    usual = PUBLIC if shared or os.environ.get("SYSTEM") == "spaces" or not _loopback(arguments.host) else Limits()
+    shared = shared or os.environ.get("SYSTEM") == "spaces" or not _loopback(arguments.host)
+    usual = PUBLIC if shared and not arguments.replay else Limits()
     tokens, seconds = arguments.max_new_tokens_limit, arguments.max_seconds
     return Limits(
         usual.new_tokens if tokens is None else tokens or None,
@@ -125,6 +135,16 @@ def _whole(text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or len(text) > 9:
         raise argparse.ArgumentTypeError(f"a whole number, 0 for no limit, not {text[:80]!r}")
     return int(text)
+
+
+def _factor(text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = math.nan
+    if not 0 < factor < math.inf:
+        raise argparse.ArgumentTypeError(f"a speed is a number above 0, not {text[:80]!r}")
+    return factor
 
 
 def _unbindable(host: str) -> str | None:

@@ -1,15 +1,16 @@
 // The race on the page: two lanes of tokens and the score board, grown by appending.
-// In: props.value, a JSON batch {run, phase, from, rounds, stats, about} (see spec_decode/ui/feed.py). Rounds already
+// In: props.value, a JSON batch {run, phase, from, rounds, stats, about} (see spec_decode/session/feed.py). Rounds already
 // seen are skipped; a gap is filled by asking the server. Every text enters the page through textContent.
 const root = element.querySelector(".sd-race");
 const find = (selector) => root.querySelector(selector);
 const ROLE = { t: "target", a: "accepted", r: "rejected", c: "correction", b: "bonus", p: "prompt" };
 const SAYS = {
-  t: "the target’s own token, nothing was guessed here",
-  a: "guessed by the drafter, and the target agreed",
-  r: "guessed by the drafter, and thrown away",
-  c: "the target’s own token in place of a rejected guess",
-  b: "the target’s extra token after every guess was accepted",
+  t: "the target’s own token, nothing was drafted here",
+  a: "drafted, and accepted: the target agreed",
+  r: "drafted, and rejected: no part of the text",
+  c: "the target’s own token in place of a rejected one",
+  b: "the target’s extra token after every drafted token was accepted",
+  p: "given: the output is made to begin with it",
 };
 const FINISH = { stop: "end of text", length: "token limit", cancelled: "stopped", time: "time limit", running: "broke off" };
 const fields = {};
@@ -129,8 +130,9 @@ const percent = (x) => (x === null || x === undefined ? "–" : (100 * x).toFixe
 function show({ phase, stats, about, reading }) {
   const was = root.dataset.phase;
   root.dataset.phase = document.body.dataset.sdPhase = phase;
-  about = about || { exact: true, same_text: true, limit: 1, rule: "" };
+  about = about || { exact: true, same_text: true, limit: 1, rule: "", why: "", rejected: "probabilities" };
   root.dataset.exact = about.exact ? "yes" : "no";
+  root.dataset.rejected = about.rejected;
   write("speedup", number(stats.speedup, 2, "×"));
   write("acceptance", percent(stats.acceptance));
   write("per_pass", number(stats.per_pass, 2));
@@ -157,10 +159,7 @@ function show({ phase, stats, about, reading }) {
   write("identical", state === "none" ? "–"
     : state === "same" ? (over ? "✓ identical" : "✓ identical so far")
     : "≠ differ from token " + (stats.same + 1));
-  write("why", phase === "idle" ? ""
-    : !about.exact ? "The threshold rule is lossy: it lets guesses through that the target would refuse, so the texts may differ and the speedup is not free."
-    : !about.same_text ? "Rejection sampling is exact in distribution: the lanes draw separately, so they may show different, equally likely texts."
-    : "");
+  write("why", phase === "idle" ? "" : about.why);
   const verdict = (over && stats.verdict) || "";
   if (root.dataset.verdict !== verdict) root.dataset.verdict = verdict;
   write("verdict", VERDICT[verdict] || "speculative ÷ baseline, tokens per second");
@@ -168,7 +167,7 @@ function show({ phase, stats, about, reading }) {
   write("end_to_end", number(stats.end_to_end, 2, "×"));
   write("end_to_end_interval", range(stats.end_to_end_interval));
   write("loops", stats.looping
-    ? "The text loops: it says the same again and again. That is easy to draft, so this speedup flatters the drafter."
+    ? "The text loops: it repeats itself. That is easy to draft, so this speedup flatters the drafter."
     : "");
   caption(about.ran);
   if (was !== phase) {
@@ -183,7 +182,7 @@ function show({ phase, stats, about, reading }) {
   }
 }
 
-// What was run, whatever the form says by now.
+// What was run, whatever the form holds by now.
 let captioned = "";
 function caption(ran) {
   const text = ran ? JSON.stringify(ran) : "";
@@ -216,7 +215,7 @@ function describe(a) {
     ? SAYS[a.role] || "" : "part of a character; the last of its tokens shows it"]];
   const facts = [["target p", a.p === null ? "not known" : String(a.p)]];
   if (a.lane.name === "speculative") {
-    if (a.position !== null) facts.push(["draft q", a.q === null ? "certain guess" : String(a.q)]);
+    if (a.position !== null) facts.push(["draft q", a.q === null ? "not drawn" : String(a.q)]);
     facts.push(["round", a.index ? String(a.index) : "prefill"]);
     facts.push(["in the draft", a.position === null ? "not drafted" : a.position + " of " + a.drafted]);
     if (a.kl !== null && a.kl !== undefined) facts.push(["KL of round", a.kl + " nat"]);

@@ -1,4 +1,4 @@
-"""Command line: `python -m spec_decode race`, `… bench`, `… models` and `… train-drafter`.
+"""Command line: `python -m spec_decode race`, `… bench`, `… models`, `… train-drafter` and `… check`.
 
 What is asked for goes to standard output, progress and errors to standard error. Exit code 2 for bad input, 1 for a
 failure, 0 otherwise.
@@ -15,10 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import flags
+from . import check, flags
 from .errors import ModelError, OutOfMemory, UserError
-from .settings import RULES, Settings
-from .text import check_prompt
+from .paths import ASSETS
+from .request import Request
+from .rules import RULES
+from .settings import Settings
+from .sources import Source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,30 +41,52 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _race(arguments: argparse.Namespace) -> None:
-    settings, choice = _settings(arguments), flags.read(arguments)
-    _check_writable(arguments.trace)
-    check_prompt(arguments.prompt)
     from .metrics import race_report
-    from .models import load_pair
-    from .race import Race
 
-    pair = load_pair(**choice, progress=_progress)
-    race = Race(pair, arguments.prompt, settings, arguments.system, arguments.truncate, arguments.thinking)
-    for _ in race:
+    source, request = _recorded(arguments) if arguments.replay else _loaded(arguments)
+    race = source.race(request)
+    for _ in race.steps():
         pass
     trace = race.trace
     report = race_report(trace)
     print(json.dumps(report, ensure_ascii=False) if arguments.json else _describe(report))
     if arguments.trace:
-        Path(arguments.trace).write_text(trace.to_json(), encoding="utf-8")
+        text = trace.exported(system=arguments.keep_system).to_json()
+        Path(arguments.trace).write_text(text, encoding="utf-8")
+
+
+def _recorded(arguments: argparse.Namespace) -> tuple[Source, Request]:
+    """A trace that is played back without waiting, and the request it was recorded of. Needs no torch."""
+    from .sources.replay import ReplaySource, read
+
+    _check_writable(arguments.trace)
+    source = ReplaySource(read(arguments.replay), speed=math.inf)
+    return source, source.recording.request
+
+
+def _loaded(arguments: argparse.Namespace) -> tuple[Source, Request]:
+    """The pair and the request that the flags name. The pair is loaded after all that can be checked without it."""
+    settings, choice = _settings(arguments), flags.read(arguments)
+    _check_writable(arguments.trace)
+    request = Request(
+        arguments.prompt,
+        settings,
+        system=arguments.system,
+        truncate=arguments.truncate,
+        thinking=arguments.thinking,
+    )
+    from .loading.pair import load_pair
+    from .sources.local import LocalSource
+
+    return LocalSource(load_pair(**choice, progress=_progress), own=choice["drafter"]), request
 
 
 def _bench(arguments: argparse.Namespace) -> None:
     settings, choice = _settings(arguments), flags.read(arguments)
     _check_writable(arguments.json)
-    from .bench import bench, prompt_ids, read_prompts, summarize, table
-    from .models import load_pair
-    from .peers import Peers, parse
+    from .bench.method import bench, prompt_ids, read_prompts, summarize, table
+    from .bench.peers import Peers, parse
+    from .loading.pair import load_pair
 
     names, prompts = parse(arguments.peers), read_prompts(arguments.prompts)
     pair = load_pair(**choice, progress=_progress)
@@ -84,13 +109,13 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _train_drafter(arguments: argparse.Namespace) -> None:
     _check_folder(arguments.out)
-    from .embedded import cache_dir
+    from .loading.embedded import cache_dir
     from .training.data import Writing
     from .training.recipe import Recipe, run
     from .training.train import Training
 
     work = arguments.work_dir or cache_dir() / "training" / Path(arguments.target).name
-    held_out = arguments.held_out or [Path(__file__).parents[1] / "assets" / "heldout.jsonl"]
+    held_out = arguments.held_out or [ASSETS / "heldout.jsonl"]
     recipe = Recipe(
         target=arguments.target,
         out=arguments.out,
@@ -116,13 +141,13 @@ def _train_drafter(arguments: argparse.Namespace) -> None:
         prompt=arguments.user_turns,
         seed=arguments.seed,
     )
-    heat = arguments.temperatures
+    temperatures = arguments.temperatures
     writing = Writing(slots=arguments.slots, length=arguments.length, answer=tuple(arguments.answer))
-    if heat:
-        writing = replace(writing, temperatures=tuple((t, 1 / len(heat)) for t in heat))
+    if temperatures:
+        writing = replace(writing, temperatures=tuple((t, 1 / len(temperatures)) for t in temperatures))
     if arguments.turn:
         writing = replace(writing, prompt=arguments.turn)
-    elif arguments.data:  # prompts that are given are kept whole where there is room
+    elif arguments.data:  # given prompts are kept whole where they fit
         writing = replace(writing, prompt=max(writing.prompt, writing.length - writing.answer[1] - 18))
     report = run(recipe, training, writing, _progress)
     print(json.dumps(report, indent=1))
@@ -135,8 +160,8 @@ def _models(arguments: argparse.Namespace) -> None:
         room = math.nan
     if room is not None and not 0 < room < math.inf:
         raise UserError(f"--memory takes a number of gigabytes above 0, not {arguments.memory!r}.")
-    from .listing import listing, table
-    from .models import find_device
+    from .loading.listing import listing, table
+    from .loading.placement import find_device
 
     rows = listing(find_device("auto"), room)
     print(json.dumps(rows, indent=1) if arguments.json else table(rows))
@@ -144,41 +169,50 @@ def _models(arguments: argparse.Namespace) -> None:
 
 def _add_training(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", default="embedded", help="embedded (default), a Hub id or a directory")
-    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the drafter goes")
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder of the drafter")
     command.add_argument("--work-dir", type=Path, metavar="DIR", help="texts and checkpoints; in the cache by default")
-    command.add_argument("--tokens", type=int, default=1_500_000, metavar="N", help="that the target writes")
-    command.add_argument("--data", type=Path, metavar="FILE", help='prompts to use: JSON Lines of {"prompt"}')
-    command.add_argument("--held-out", type=Path, action="append", metavar="FILE", help="prompts that must not occur")
-    command.add_argument("--only", choices=("data", "train"), help="one of the two stages")
-    command.add_argument("--layers", type=int, nargs="+", metavar="I", help="the target's layers it reads, one or two")
+    command.add_argument("--tokens", type=int, default=1_500_000, metavar="N", help="tokens of text to generate")
+    command.add_argument("--data", type=Path, metavar="FILE", help='prompts to answer: JSON Lines of {"prompt"}')
+    command.add_argument(
+        "--held-out", type=Path, action="append", metavar="FILE", help="prompts that no text may contain"
+    )
+    command.add_argument("--only", choices=("data", "train"), help="run one of the two stages only")
+    command.add_argument(
+        "--layers", type=int, nargs="+", metavar="I", help="the target's layers it attends to, one or two"
+    )
     command.add_argument("--intermediate", type=int, metavar="N", help="width of its MLPs (default: as the target's)")
     command.add_argument("--centroids", type=int, default=1024, metavar="N", help="vocabulary lists; 0 for none")
-    command.add_argument("--chosen", type=int, default=64, metavar="N", help="vocabulary lists a step looks at")
+    command.add_argument("--chosen", type=int, default=64, metavar="N", help="vocabulary lists that a step scores")
     command.add_argument("--without-head", action="store_true", help="leave out the head, which is the target's")
-    command.add_argument("--init", type=Path, metavar="DIR", help="a drafter of the same shape to begin with")
+    command.add_argument("--init", type=Path, metavar="DIR", help="a trained drafter of the same shape to start from")
     command.add_argument("--steps", type=int, default=4000, metavar="N", help="updates")
     command.add_argument("--texts", type=int, default=8, metavar="N", help="texts an update")
     command.add_argument("--rate", type=float, default=1e-3, metavar="R", help="peak learning rate")
-    command.add_argument("--unroll", type=int, default=4, metavar="N", help="draft steps learnt at once")
-    command.add_argument("--slots", type=int, default=96, metavar="N", help="texts written at once")
-    command.add_argument("--length", type=int, default=352, metavar="N", help="most tokens of a text")
+    command.add_argument("--unroll", type=int, default=4, metavar="N", help="unrolled draft steps of a round")
+    command.add_argument("--slots", type=int, default=96, metavar="N", help="texts generated at once")
+    command.add_argument("--length", type=int, default=352, metavar="N", help="maximum tokens of a text")
     command.add_argument(
         "--turn",
         type=int,
         metavar="N",
-        help="most tokens of a user turn (default: 150, with --data all there is room for)",
+        help="maximum tokens of a user turn (default: 150; with --data, all that fit)",
     )
     command.add_argument(
-        "--answer", type=int, nargs=2, default=(64, 224), metavar=("LOW", "HIGH"), help="tokens after which it is cut"
+        "--answer",
+        type=int,
+        nargs=2,
+        default=(64, 224),
+        metavar=("LOW", "HIGH"),
+        help="range of an answer's token limit",
     )
     command.add_argument(
         "--temperatures", type=float, nargs="+", metavar="T", help="of answers, in equal shares (default: mostly 0)"
     )
     command.add_argument(
-        "--also", type=Path, action="append", metavar="DIR", help="learn from another run's texts as well: its work-dir"
+        "--also", type=Path, action="append", metavar="DIR", help="work folder of another run to train on too"
     )
     command.add_argument(
-        "--user-turns", type=float, default=0.3, metavar="SHARE", help="share of the user turns' rounds learnt from"
+        "--user-turns", type=float, default=0.3, metavar="SHARE", help="share of positions in user turns to train on"
     )
     command.add_argument("--device", default="cpu", help="cpu (default), cuda")
     command.add_argument("--seed", type=int, default=0, metavar="N")
@@ -227,7 +261,7 @@ def _progress(line: str) -> None:
 
 
 def _check_writable(path: str | None) -> None:
-    """Better refused now than after minutes of work."""
+    """Raises UserError where a file cannot be written, before minutes are spent on what goes into it."""
     if not path:
         return
     file = Path(path)
@@ -263,11 +297,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     race = commands.add_parser("race", help="one prompt through both lanes")
-    race.add_argument("--prompt", required=True, help="what to ask")
+    what = race.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="what to ask")
+    what.add_argument("--replay", metavar="FILE", help="report on a trace that --trace wrote; no model is loaded")
     race.add_argument("--system", help="system prompt")
     race.add_argument("--truncate", action="store_true", help="cut a prompt that is too long instead of refusing it")
     race.add_argument("--json", action="store_true", help="print one JSON object")
     race.add_argument("--trace", metavar="FILE", help="write the whole trace of the race as JSON")
+    race.add_argument("--keep-system", action="store_true", help="write the system prompt into the trace as well")
     race.set_defaults(run=_race)
     bench = commands.add_parser("bench", help="a file of prompts through both lanes and other engines")
     bench.add_argument("--prompts", required=True, metavar="FILE", help='JSON Lines of {"id", "category", "prompt"}')
@@ -279,17 +316,16 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--json", action="store_true", help="print one JSON array")
     listing.set_defaults(run=_models)
     _add_training(commands.add_parser("train-drafter", help="an MTP drafter for any target, from its own texts"))
+    check.add_commands(commands)
     for command in (race, bench):
         defaults = Settings()
         flags.add(command)
-        command.add_argument(
-            "--draft-length", default="adaptive", metavar="N", help="1…16, adaptive (default), threshold"
-        )
+        command.add_argument("--draft-length", default="adaptive", metavar="N", help="1…16, adaptive (default), rate")
         command.add_argument("--temperature", default=defaults.temperature, metavar="T", help="0 (default) is greedy")
         command.add_argument("--top-p", default=defaults.top_p, metavar="P")
         command.add_argument("--top-k", default=defaults.top_k, metavar="K")
-        command.add_argument("--rule", choices=RULES, help="greedy at temperature 0, else coupled")
-        command.add_argument("--lenience", default=defaults.lenience, metavar="L", help="for the lossy rule threshold")
+        command.add_argument("--rule", choices=tuple(RULES), help="greedy at temperature 0, else coupled")
+        command.add_argument("--lenience", default=defaults.lenience, metavar="L", help="for lossy rules")
         command.add_argument("--max-new-tokens", default=defaults.max_new_tokens, metavar="N")
         command.add_argument("--seed", default=defaults.seed, metavar="N")
     return parser

@@ -1,11 +1,11 @@
 """A KV cache of fixed buffers with rollback in O(1).
 
-In: keys and values from a transformers model, through its public cache interface. Out: the same, read up to a length
-bucket. Every buffer is allocated once; sliding-window layers keep their full length too and leave the window to the
-mask, since a ring buffer overwrites what a rollback needs. Rolling back moves the cursor; nothing is copied.
+In: keys and values from a transformers model, through its public cache interface. Out: the same, up to a length
+bucket. Every buffer is allocated once. Sliding-window layers keep the full length too and apply the window in the mask,
+since a ring buffer overwrites what a rollback needs. A rollback moves the cursor and copies nothing.
 
-Reading to a bucket (512, 1024, 1536, …) rather than to the exact length keeps shapes the same from round to round,
-which is what a CUDA graph needs, and makes a position's attention the same sum in every pass that reads it.
+Reading up to a bucket (512, 1024, 1536, …) and not to the exact length keeps shapes the same from round to round, as a
+CUDA graph requires, and attention at a position sums over the same keys in every pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 BUCKET = 512
-# What a model's forward calls its cache: transformers 5.24 renamed it, in every model at once.
+# Name of the cache argument of a model's forward; transformers 5.24 renamed it in every model.
 ARGUMENT = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
@@ -47,7 +47,7 @@ def layer_kinds(config: PreTrainedConfig) -> list[str]:
 class RollbackLayer(CacheLayerMixin):
     """Keys and values of one layer, `[1, heads, capacity, head_dim]` each, allocated at the first update."""
 
-    is_compileable = True  # tells transformers to build masks that cover the whole bucket
+    is_compileable = True  # transformers then builds masks that cover the whole bucket
     is_croppable = True
 
     def __init__(self, cache: RollbackCache, is_sliding: bool) -> None:
@@ -57,7 +57,7 @@ class RollbackLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def buffer(states: Tensor) -> Tensor:
-            # Zeros, not garbage: masked positions are multiplied by 0, and 0 × NaN is NaN.
+            # Zeros: masked positions are multiplied by 0, and 0 × NaN is NaN.
             return states.new_zeros(*states.shape[:2], self.cache.capacity, states.shape[3])
 
         self.keys, self.values = buffer(key_states), buffer(value_states)
@@ -84,17 +84,18 @@ class RollbackLayer(CacheLayerMixin):
         return bucket(self.cache.length + query_length), 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As transformers calls it in assisted generation: drops the last −`tokens_to_remove` positions, once."""
+        """Called by transformers in assisted generation for every layer: drops the last −`tokens_to_remove` positions
+        once."""
         if self.cache.layers[0] is self:
             self.cache.rollback(self.cache.length + tokens_to_remove)
 
 
 class RollbackCache(Cache):
-    """All layers of one sequence and the cursor they share.
+    """All layers of one sequence, with one shared cursor.
 
     Args:
         config: of the model.
-        capacity: positions to make room for; rounded up to a whole bucket.
+        capacity: number of positions, rounded up to a whole bucket.
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: int) -> None:
@@ -116,7 +117,8 @@ class RollbackCache(Cache):
         return keys[:, :, :end], values[:, :, :end]
 
     def buffers(self, heads: int, size: int, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of every layer, whole, `[1, heads, capacity, size]` each, for one who writes them himself."""
+        """The whole buffers of keys and values of every layer, `[1, heads, capacity, size]` each, for a caller that
+        writes to them directly."""
         for layer in self.layers:
             if not layer.is_initialized:
                 none = like.new_empty(1, heads, 0, size)
@@ -124,11 +126,11 @@ class RollbackCache(Cache):
         return [layer.keys for layer in self.layers], [layer.values for layer in self.layers]
 
     def advance(self, tokens: int) -> None:
-        """Moves the cursor past positions that a pass has just written."""
+        """Moves the cursor past the positions that a pass has written."""
         self.length += tokens
 
     def rollback(self, length: int) -> None:
-        """Forgets everything from position `length` on.
+        """Drops everything from position `length` on.
 
         Raises:
             ValueError: `length` is beyond what was written.
@@ -138,8 +140,8 @@ class RollbackCache(Cache):
         self.length = length
 
     def copy(self) -> RollbackCache:
-        """Another cache of the same capacity that holds the same, in buffers of its own on the same devices. What is
-        written is copied, what is not stays zero."""
+        """A cache with the same capacity and content in new buffers on the same devices. Only written positions are
+        copied; the others are zero."""
         twin: RollbackCache = object.__new__(RollbackCache)
         twin.capacity, twin.length = self.capacity, self.length
         Cache.__init__(twin, layers=[RollbackLayer(twin, layer.is_sliding) for layer in self.layers])
@@ -151,11 +153,11 @@ class RollbackCache(Cache):
         return twin
 
     def reset(self) -> None:
-        """Forgets everything and keeps the buffers."""
+        """Drops all positions and keeps the buffers."""
         self.length = 0
 
     def free(self) -> None:
-        """Gives the buffers back."""
+        """Frees the buffers."""
         self.reset()
         for layer in self.layers:
             layer.keys = layer.values = None

@@ -1,7 +1,7 @@
-"""A stopwatch that does not make the device wait.
+"""A stopwatch that does not synchronize the device.
 
-On CUDA it records events and reads them after the round's one copy to the host has synchronized anyway; elsewhere it
-is `time.perf_counter`.
+On CUDA it records events and reads them after the round's copy to the host, which synchronizes anyway. On other devices
+it uses `time.perf_counter`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 def finish(device: torch.device) -> None:
-    """Waits until `device` has done what it was given. Copies nothing."""
+    """Waits until `device` has finished all submitted work. Copies nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -21,7 +21,7 @@ def finish(device: torch.device) -> None:
 
 
 class Stopwatch:
-    """Marks points in the work of `device`; `laps` gives the seconds between them once the work is done."""
+    """Marks points in time in the work of `device`; `laps` returns the seconds between them."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -37,7 +37,7 @@ class Stopwatch:
             self.marks.append(time.perf_counter())
 
     def laps(self) -> list[float]:
-        """Seconds between successive marks. On CUDA, call after a copy to the host."""
+        """Seconds between successive marks. On CUDA, call it after a copy to the host."""
         pairs = zip(self.marks, self.marks[1:], strict=False)
         if self.cuda:
             self.marks[-1].synchronize()

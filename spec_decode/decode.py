@@ -1,9 +1,28 @@
-"""Decoding: a prompt goes in, `Round`s come out. The whole algorithm is `_decode`.
+"""Decoding: a prompt goes in, `Round`s come out. The algorithm is `decode_round` and the loop of `_decode`.
 
-In: a Target, perhaps a Drafter and a controller of draft length, the prompt's ids, a text stream, settings. Out: a
-generator of rounds; closing it ends the lane and frees its cache. A lane reads the prompt itself, or begins behind one
-that was read for both lanes of a race (`Prefill`). Baseline is the same loop with no drafter, so both lanes run the
-same arithmetic on the same noise. Knows nothing of clocks across lanes, of chat, or of who watches.
+In: a Target, a Drafter and a controller of draft length, the prompt's ids, a text stream, settings. Out: a generator of
+rounds; closing it ends the lane and frees its cache. A lane reads the prompt itself, or starts from one that was read
+for both lanes of a race (`Prefill`). Baseline is the same loop with no drafter, so both lanes run the same arithmetic
+on the same noise. Knows nothing of clocks across lanes, of chat, or of who watches.
+
+Each round has two halves. `decode_round` touches only tensors on the device: it reads nothing on the host, and its
+shapes depend on the draft length alone. `narrate` makes text and events of the one copy to the host.
+
+Why the output follows the target's distribution, though a controller chooses γ by what it saw of past rounds (tokens,
+confidences and seconds, those of refused drafts included), and may end a draft early:
+
+Rules of shared noise (greedy, coupled): token t is argmax p_t / E_t, where the noise E_t depends on (seed, t) alone and
+p_t on the tokens before t. The draft appears nowhere in it, so nothing that decides the draft can change the output.
+Noise may be used again.
+
+Rules that draw independently (rejection, block): a round that starts at s takes all its noise (draft, acceptance,
+residual) from (seed, s, position, stream). Starts increase strictly, so no two rounds share noise, and given everything
+before the round its noise is fresh. Whether position t of a round is drafted was decided before the noise at t was
+used: by past rounds, and by drafted tokens before t that the verdict visits first. Given that, and given that t is
+reached, a drafted token is accepted or replaced so that the result follows p_t (Leviathan et al. 2023, theorem 1; for
+whole blocks Sun et al. 2024, theorem 1). By induction over positions the text follows the target. Were noise keyed by
+position alone, a round after a rejection at t would draw t + 1 with the noise of the refused draft, of which the
+controller has seen the outcome: whether t + 1 is drafted would depend on the noise it is drafted with.
 """
 
 from __future__ import annotations
@@ -12,21 +31,25 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from copy import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import verification
+from . import rules
 from .clock import Stopwatch, finish
-from .draft_length import Controller
-from .drafters import Draft, Drafter
-from .errors import UserError
-from .events import BASELINE, SPECULATIVE, Reading, Role, Round, Token
-from .sampling import ACCEPT, RESIDUAL, TARGET, degenerate, distribution, exponential, softmax, uniform
+from .draft_length import Controller, Fixed
+from .drafters import Draft, Drafter, NoDrafter
+from .events import BASELINE, SPECULATIVE, Reading, Round
+from .narrate import narrate, to_host
+from .noise import RoundNoise
+from .rules import Rule
+from .sampling import distribution, softmax
 from .settings import Settings
+from .state import State
 from .target import Pass, Target
 from .text import TextStream
-from .verification import Verdict
+from .verification import Case, Verdict
 
 
 class Prefill:
@@ -76,25 +99,52 @@ class Prefill:
         self.passed = None
 
 
-Lane = Generator[Round | Reading, None, None]
+@dataclass(frozen=True)
+class Lane:
+    """One way to decode: what stays the same from round to round.
+
+    rule: the one that decides; for the baseline the target's own sample, whatever the settings name.
+    """
+
+    name: str
+    target: Target
+    drafter: Drafter
+    lengths: Controller
+    rule: Rule
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round leaves on the device: the draft, the target's logits and distribution at γ + 1 positions
+    `[rows, γ + 1, V]`, and the verdict."""
+
+    draft: Draft
+    logits: Tensor
+    p: Tensor
+    verdict: Verdict
+
+
+Steps = Generator[Round | Reading, None, None]
 
 
 def baseline(target: Target, prompt: list[int], text: TextStream, settings: Settings) -> Iterator[Round]:
     """The target alone, one token a pass."""
-    return _rounds(_decode(BASELINE, target, None, None, prompt, text, settings, None))
+    return _rounds(_decode(_baseline(target, settings), prompt, text, None))
 
 
 def speculative(
     target: Target, drafter: Drafter, lengths: Controller, prompt: list[int], text: TextStream, settings: Settings
 ) -> Iterator[Round]:
     """The target with a drafter, one round at a time."""
-    return _rounds(_decode(SPECULATIVE, target, drafter, lengths, prompt, text, settings, None))
+    lane = Lane(SPECULATIVE, target, drafter, lengths, settings.deciding, settings)
+    return _rounds(_decode(lane, prompt, text, None))
 
 
 def lanes(
     prefill: Prefill, drafter: Drafter, lengths: Controller, texts: Sequence[TextStream], settings: Settings
-) -> dict[str, Lane]:
-    """Both lanes of a race behind one reading of the prompt, which is theirs from now on.
+) -> dict[str, Steps]:
+    """Both lanes of a race, starting from one reading of the prompt, which is theirs from now on.
 
     Args:
         prefill: read to the end, with room for `max_new_tokens` more, and with hidden states if the drafter needs them.
@@ -106,192 +156,118 @@ def lanes(
     """
     target, prompt, twin = prefill.target, prefill.prompt, prefill.copy()
     finish(target.device)  # copying is on no lane's clock
+    fast = Lane(SPECULATIVE, target, drafter, lengths, settings.deciding, settings)
     return {
-        BASELINE: _decode(BASELINE, target, None, None, prompt, texts[0], settings, prefill),
-        SPECULATIVE: _decode(SPECULATIVE, target, drafter, lengths, prompt, texts[1], settings, twin),
+        BASELINE: _decode(_baseline(target, settings), prompt, texts[0], prefill),
+        SPECULATIVE: _decode(fast, prompt, texts[1], twin),
     }
 
 
-def _rounds(lane: Lane) -> Iterator[Round]:
-    with closing(lane):
-        for step in lane:
+def _baseline(target: Target, settings: Settings) -> Lane:
+    return Lane(BASELINE, target, NoDrafter(), Fixed(0), rules.default(settings.temperature), settings)
+
+
+def _rounds(steps: Steps) -> Iterator[Round]:
+    with closing(steps):
+        for step in steps:
             if isinstance(step, Round):
                 yield step
 
 
-def _decode(
-    lane: str,
-    target: Target,
-    drafter: Drafter | None,
-    lengths: Controller | None,
-    prompt: list[int],
-    text: TextStream,
-    settings: Settings,
-    prefill: Prefill | None,
-) -> Lane:
-    hidden = drafter is not None and drafter.needs_hidden
+def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | None) -> Steps:
+    target, drafter, settings = lane.target, lane.drafter, lane.settings
     capacity = len(prompt) + settings.max_new_tokens
-    prefill = prefill or Prefill(target, prompt, capacity, hidden)
-    cache = prefill.cache
-    left = settings.max_new_tokens
-    position = len(prompt)  # of the next token to be drawn
-    clock, index = 0.0, 0
+    prefill = prefill or Prefill(target, prompt, capacity, drafter.needs_hidden)
+    left, clock, index = settings.max_new_tokens, 0.0, 0
     with ExitStack() as held:
-        held.callback(cache.free)
+        held.callback(prefill.cache.free)
         yield from prefill
         passed, prefill.passed = prefill.passed, None
         assert passed is not None
         # From here on the lane's time goes as if it had read the prompt itself just now.
         begun = time.perf_counter() - prefill.seconds
-        if drafter is not None:
-            held.callback(drafter.close)
-            for reading in drafter.start(prompt, settings, capacity) or ():
-                paused = time.perf_counter()
-                yield reading
-                begun += time.perf_counter() - paused
+        held.callback(drafter.close)
+        for reading in drafter.start(prompt, settings, capacity) or ():
+            paused = time.perf_counter()
+            yield reading
+            begun += time.perf_counter() - paused
         starting = time.perf_counter() - begun - prefill.seconds  # the drafter's own prefill
-        feed = torch.empty(0, dtype=torch.long, device=target.device)
-        draft = Draft(feed)
-        length, ended = 0, False
+        state = State.after(prompt, capacity, prefill.cache, target.device)
+        ended = False
         while left > 0 and not ended:
             watch = Stopwatch(target.device)
-            if index > 0 and drafter is not None and lengths is not None:
-                # A round emits at most γ + 1 tokens, so the last ones are drafted no further than they may go.
-                length = min(lengths.choose(), left - 1)
-                draft = drafter.draft(length, lengths.go_on) if length > 0 else Draft(feed[:0])
-            watch.mark()
+            # A round emits at most γ + 1 tokens, so the last ones are drafted no further than they may go.
+            length = min(lane.lengths.choose(), left - 1) if index > 0 else 0
+            draft: Draft | None = Draft.none(state)
+            if length > 0:
+                draft = drafter.draft_on_host(state, length, lane.lengths.early_stop)
             if index > 0:
-                passed = target.verify(torch.cat([feed, draft.ids]), cache, hidden)
-            verdict, shown = _verify(draft, passed.logits, position, settings, alone=drafter is None)
-            ids, accepted, own, p, q, refused, kl = _to_host(draft, passed.logits, verdict, shown)
+                outcome = decode_round(lane, state, length, draft, watch)
+            else:
+                watch.mark()
+                outcome = judge(lane, state, Draft.none(state), passed)
+            host = to_host(outcome)
             watch.mark()
 
-            emitted = [*ids[:accepted], own]
+            emitted = [*host.ids[: host.accepted], host.own]
             for count, token in enumerate(emitted, 1):
                 if token in target.eos:
                     emitted, ended = emitted[:count], True
                     break
-            if drafter is not None:
-                drafter.extend(emitted, passed)
-            position += len(emitted)
+            drafter.extend(emitted)
+            state.advance(len(emitted))
             left -= len(emitted)
-            cache.rollback(position - 1)  # the last token has not been read yet
-            feed = verdict.token.reshape(1)
+            tokens, residual = narrate(host, emitted, text, last=ended or left == 0)
 
-            role: Role = "target" if not ids else "bonus" if accepted == len(ids) else "correction"
-            tokens = _tokens(text, ids, emitted, accepted, own, role, p, q, flush=ended or left == 0)
             now = time.perf_counter()
             seconds, begun = now - begun, now
             clock += seconds
             laps = watch.laps()
             if index == 0:
                 laps = [laps[0] + starting, laps[1] + prefill.seconds]
-            done = Round(lane, index, tokens, length, laps[0], laps[1], seconds, clock, refused, kl)
-            if lengths is not None and index > 0:
-                lengths.observe(done)
+            maker = outcome.draft.drafter if host.ids else ""
+            done = Round(
+                lane.name, index, tokens, length, laps[0], laps[1], seconds, clock,
+                host.refused, host.kl, maker, residual,
+            )  # fmt: skip
+            if index > 0:
+                lane.lengths.observe(done, outcome.draft.stopped_early)
             index += 1
             yield done
             begun = time.perf_counter()  # what the reader of rounds does is not this lane's time
 
 
-def _verify(draft: Draft, logits: Tensor, position: int, settings: Settings, alone: bool) -> tuple[Verdict, Tensor]:
-    """The verdict of the rule in `settings`, and the target's probabilities `[γ + 1, V]` worth showing.
+def decode_round(
+    lane: Lane, state: State, length: int, draft: Draft | None = None, watch: Stopwatch | None = None
+) -> Outcome:
+    """One draft and one target pass over it, verified; `state` gets the tokens. Reads nothing on the host.
 
     Args:
-        position: of the first token that this round may emit: the round's start.
-        alone: the lane has no drafter. Its text is the target's own sample for the seed, whatever the rule.
-
-    Why the output follows the target's distribution, though a controller chooses γ by what it saw of past rounds
-    (tokens, confidences and seconds, those of refused drafts included), and may end a draft early:
-
-    Coupled: token t is argmax p_t / E_t, where the noise E_t depends on (seed, t) alone and p_t on the tokens before t.
-    The draft appears nowhere in it, so nothing that decides the draft can change the output. Noise may be met again.
-
-    Rejection: a round that starts at s takes all its noise (draft, acceptance, residual) from (seed, s, position,
-    stream). Starts increase strictly, so no two rounds share noise, and given everything before the round its noise
-    is fresh. Whether position t of a round is drafted was decided before the noise at t was used: by past rounds, and
-    by drafted tokens before t that the verdict visits first. Given that, and given that t is reached, a drafted token
-    is accepted or replaced so that the result follows p_t (Leviathan et al. 2023, theorem 1), and a token without a
-    draft is drawn from p_t. By induction over positions the text follows the target. Were noise keyed by position
-    alone, a round after a rejection at t would draw t + 1 with the noise of the refused draft, of which the
-    controller has seen the outcome: whether t + 1 is drafted would depend on the noise it is drafted with.
+        length: γ, for a drafter that drafts on the device.
+        draft: made before, by a drafter that drafts on the host.
+        watch: is marked between draft and target pass.
     """
-    seed, vocabulary = settings.seed, logits.shape[-1]
-    if settings.temperature == 0:
-        p = softmax(logits.float())
-        if settings.rule == "threshold" and not alone:
-            u = noise = p  # neither is used
-            return verification.threshold(draft.ids, p, None, u, noise, settings.lenience, argmax=True), p
-        return verification.greedy(draft.ids, logits), p  # every exact rule is the greedy one at temperature 0
-    places = torch.arange(position, position + logits.shape[0], device=logits.device)
-    p = distribution(logits, settings)
-    if settings.rule == "coupled" or alone:
-        return verification.coupled(draft.ids, p, exponential(seed, places, vocabulary, TARGET)), p
-    start = places[:1]
-    u = uniform(seed, places[:-1], ACCEPT, start)
-    noise = exponential(seed, places, vocabulary, RESIDUAL, start)
-    if settings.rule == "rejection":
-        return verification.rejection(draft.ids, p, draft.probabilities, u, noise), p
-    return verification.threshold(draft.ids, p, draft.probabilities, u, noise, settings.lenience, argmax=False), p
+    if draft is None:
+        draft = lane.drafter.draft(state, length)
+    if watch:
+        watch.mark()
+    passed = lane.target.verify(state.propose(draft.ids), state.cache, lane.drafter.needs_hidden)
+    return judge(lane, state, draft, passed)
 
 
-def _to_host(
-    draft: Draft, logits: Tensor, verdict: Verdict, p: Tensor
-) -> tuple[list[int], int, int, list[float], list[float | None], int | None, float | None]:
-    """Everything the host needs of a round, in one copy. Ids below 2^24 are exact in float32.
+def judge(lane: Lane, state: State, draft: Draft, passed: Pass) -> Outcome:
+    """The verdict on a draft, by the lane's rule, after the target has read it; `state` gets the tokens.
 
-    Raises:
-        UserError: the logits are NaN, +inf, or −inf throughout.
+    Args:
+        passed: logits at the last token and after every drafted one, `[rows, γ + 1, V]`, and hidden states likewise.
+            Without the row dimension it is one row.
     """
-    n = draft.ids.shape[0]
-    own_p = p.reshape(-1).gather(0, (verdict.accepted * p.shape[-1] + verdict.token).reshape(1))
-    parts = [
-        degenerate(logits).any().reshape(1),
-        verdict.accepted.reshape(1),
-        verdict.token.reshape(1),
-        own_p,
-        draft.ids,
-        p[:n].gather(-1, draft.ids[:, None])[:, 0],
-    ]
-    if draft.confidence is not None:
-        parts.append(draft.confidence)
-    if verdict.refused is not None and verdict.kl is not None:
-        parts += [verdict.refused.reshape(1), verdict.kl.reshape(1)]
-    values = torch.cat([part.float() for part in parts]).tolist()
-    if values[0]:
-        raise UserError(
-            "The target produced logits that are not finite numbers; try another dtype or check its weights."
-        )
-    accepted, own = int(values[1]), int(values[2])
-    ids = [int(x) for x in values[4 : 4 + n]]
-    target_p = [*values[4 + n : 4 + 2 * n], values[3]]
-    rest = values[4 + 2 * n :]
-    confidence: list[float | None] = [None] * n
-    if draft.confidence is not None:
-        confidence, rest = rest[:n], rest[n:]
-    return ids, accepted, own, target_p, confidence, int(rest[0]) if rest else None, rest[1] if rest else None
-
-
-def _tokens(
-    text: TextStream,
-    ids: list[int],
-    emitted: list[int],
-    accepted: int,
-    own: int,
-    role: Role,
-    p: list[float],
-    q: list[float | None],
-    flush: bool,
-) -> tuple[Token, ...]:
-    """The round's tokens in display order. One that ends the text early keeps only the drafts up to its end."""
-    tokens = [
-        Token(ids[i], text.push(ids[i]), "accepted", p[i], q[i], i + 1) for i in range(min(accepted, len(emitted)))
-    ]
-    if len(emitted) > accepted:
-        aside = text.fork()
-        tokens += [Token(ids[i], aside.push(ids[i]), "rejected", p[i], q[i], i + 1) for i in range(accepted, len(ids))]
-        tokens.append(Token(own, text.push(own), role, p[-1]))
-    if flush and (tail := text.flush()):
-        last = tokens[-1]
-        tokens[-1] = Token(last.id, last.text + tail, last.role, last.p, last.q, last.draft_position)
-    return tuple(tokens)
+    settings, logits, hidden = lane.settings, passed.logits, passed.hidden
+    if logits.dim() == 2:
+        logits, hidden = logits[None], None if hidden is None else hidden[None]
+    p = softmax(logits.float()) if settings.temperature == 0 else distribution(logits, settings)
+    noise = RoundNoise(settings.seed, state.length, logits.shape[1], logits.shape[2], logits.device)
+    case = Case(draft.ids, logits, p, draft.q, noise, settings.temperature, settings.lenience)
+    verdict = lane.rule.verify(case)
+    state.accept(verdict.accepted, verdict.token, hidden)
+    return Outcome(draft, logits, p, verdict)

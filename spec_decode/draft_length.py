@@ -1,7 +1,7 @@
-"""How many tokens to draft: controllers that learn from rounds.
+"""Draft-length controllers: how many tokens to draft in the next round.
 
-In: finished rounds and the pair's measured costs. Out: γ for the next round, 0…γmax, where 0 is a plain step.
-Deterministic given the rounds; plain Python, no torch.
+In: finished rounds and the measured costs of the pair. Out: γ for the next round, 0…γmax, where 0 is a plain step.
+Deterministic given the rounds. Independent of torch.
 """
 
 from __future__ import annotations
@@ -15,58 +15,58 @@ from .events import DRAFTED, Costs, Round
 from .settings import MAX_DRAFT_LENGTH, Settings
 
 
-class GoOn:
-    """Told the confidences of the tokens drafted so far: is one more worth its cost? A drafted token stays in the draft
-    whatever the answer, so the answer may depend on it and every rule stays exact.
+class EarlyStop:
+    """Decides by the confidences of the tokens drafted so far whether one more is worth its cost. A drafted token stays
+    in the draft whatever the answer, so the answer may depend on it and every rule stays exact.
 
-    A table, so that compiled code can do without asking: yes while the product of the chances of the confidences so far
-    is above `least` of their number.
+    The decision is a table, so that compiled code can make it too: drafting continues while the product of the
+    acceptance probabilities of the tokens so far is above `least[n]`, where n is their number.
 
     Args:
-        chances: how often a draft whose confidence lies in the i-th of equal ranges of [0, 1] is accepted.
-        least: after n tokens, the last entry for all numbers beyond.
+        chances: acceptance probability of a draft whose confidence lies in the i-th of equal ranges of [0, 1].
+        least: thresholds by number of drafted tokens; the last entry holds for all larger numbers.
     """
 
     def __init__(self, chances: Sequence[float], least: Sequence[float]) -> None:
         self.chances = np.array(chances, np.float32)
         self.least = np.array(least, np.float32)
-        self.asked = False
 
-    def __call__(self, sure: Sequence[float]) -> bool:
-        self.asked = True
-        chance = np.float32(1.0)
-        for confidence in sure:
-            chance *= self.chances[bin_of(confidence, len(self.chances))]
-        return bool(chance > self.least[min(len(sure), len(self.least) - 1)])
+    def go_on(self, confidences: Sequence[float]) -> bool:
+        """Whether to draft another token after those with these confidences."""
+        reach = np.float32(1.0)  # probability that all of them are accepted
+        for confidence in confidences:
+            reach *= self.chances[bin_of(confidence, len(self.chances))]
+        return bool(reach > self.least[min(len(confidences), len(self.least) - 1)])
 
     @classmethod
-    def always(cls) -> GoOn:
-        """Never ends a draft."""
+    def never(cls) -> EarlyStop:
+        """A table that ends no draft early."""
         return cls([1.0], [-1.0])
 
 
 def bin_of(confidence: float, bins: int) -> int:
-    """Which of the equal ranges of [0, 1] a confidence lies in."""
-    return min(int(confidence * bins), bins - 1)
+    """The index of the range that holds `confidence`, of `bins` equal ranges of [0, 1]."""
+    return min(int(confidence * bins), bins - 1) if confidence == confidence else 0  # NaN: broken weights
 
 
 class Controller(Protocol):
-    """Chooses γ before a round, and is told how the round went. `go_on` may end a draft early, see `GoOn`."""
+    """Chooses γ before a round and observes the finished round."""
 
     @property
-    def go_on(self) -> GoOn | None: ...
+    def early_stop(self) -> EarlyStop | None:
+        """What may end the next draft before γ; None if drafts always have γ tokens."""
 
     def choose(self) -> int:
         """γ of the next round."""
 
-    def observe(self, round: Round) -> None:
-        """The round is over."""
+    def observe(self, round: Round, stopped_early: bool | None) -> None:
+        """Updates the estimates with a finished round; `stopped_early` as in `Draft`."""
 
 
 class Fixed:
     """Always the same γ."""
 
-    go_on: GoOn | None = None
+    early_stop: EarlyStop | None = None
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -74,14 +74,14 @@ class Fixed:
     def choose(self) -> int:
         return self.length
 
-    def observe(self, round: Round) -> None:
+    def observe(self, round: Round, stopped_early: bool | None = None) -> None:
         pass
 
 
-class Threshold:
+class Rate:
     """γ from the acceptance rate of recent rounds: above 0.9 → 6, above 0.7 → 4, else 2."""
 
-    go_on: GoOn | None = None
+    early_stop: EarlyStop | None = None
 
     def __init__(self, decay: float = 0.9) -> None:
         self.decay = decay
@@ -91,7 +91,7 @@ class Threshold:
         rate = self.accepted / self.drafted if self.drafted else 0.8
         return 6 if rate > 0.9 else 4 if rate > 0.7 else 2
 
-    def observe(self, round: Round) -> None:
+    def observe(self, round: Round, stopped_early: bool | None = None) -> None:
         if round.drafted:
             self.accepted = self.decay * self.accepted + round.accepted
             self.drafted = self.decay * self.drafted + round.drafted
@@ -100,87 +100,86 @@ class Threshold:
 class Adaptive:
     """The γ that maximizes modelled tokens per second.
 
-    Tokens a round brings: 1 + Σ of products of per-position acceptance, each a decayed average of what was seen,
-    hopeful where nothing was. Seconds a round takes: measured costs, corrected by what rounds of that γ really took.
-    When a plain step wins, every now and then a short draft is tried, at intervals that double while drafting goes on
-    losing, so that the exploration costs a vanishing share and a change is still noticed.
+    Expected tokens of a round: 1 + Σ of products of per-position acceptance. Each acceptance is a decayed average of
+    the observed outcomes, optimistic where none was observed. Seconds of a round: measured costs, corrected by the
+    observed seconds of rounds with that γ. While plain steps are faster, a short draft is tried at intervals that
+    double, up to a limit, as long as drafting stays slower. Exploration therefore takes a small share of the time, and
+    a change is still detected.
 
-    Where the drafter's confidences are at hand, γ is only where a draft ends at the latest: it ends as soon as the next
-    token is likelier to cost time than to save it (dynamic draft length, as in EAGLE-2, arXiv:2406.16858). How often a
-    draft of what confidence is accepted is learnt as well, beginning with what the drafter says. What a round then
-    brings depends on when it ended, so drafting as a whole is weighed against plain steps by what rounds took and what
-    their confidences promised, which says the same as what they brought and is less a matter of luck.
+    Where the host knows the drafter's confidences, γ is only an upper bound: a draft ends when the expected gain of
+    another token is below its cost (dynamic draft length, as in EAGLE-2, arXiv:2406.16858). The acceptance probability
+    for a given confidence is estimated too, with the confidence itself as prior. The number of tokens emitted depends
+    on where the draft ended. Drafting is therefore compared with plain steps by the number of tokens that the
+    confidences predict, which has the same expectation as the number emitted and lower variance.
     """
 
-    BINS = 8  # of confidence
-    FIRST = 6  # drafted rounds before their measured rate counts
-    DOUBT = 0.96  # of the rate of plain steps, below which drafting stops: both are measured, neither is exact
+    BINS = 8  # ranges of confidence
+    FIRST = 6  # drafted rounds before their measured rate is used
+    DOUBT = 0.96  # drafting stops below this share of the rate of plain steps; both rates are noisy
 
     def __init__(self, costs: Costs | None, longest: int = MAX_DRAFT_LENGTH, decay: float = 0.92) -> None:
         self.longest = longest
         self.decay = decay
-        # Optimistic at first, with the weight of two trials: the first rounds try a real draft.
+        # An optimistic prior with the weight of two trials, so that the first rounds draft.
         self.taken = [1.4] * longest
         self.tried = [2.0] * longest
         if costs is None:
             costs = Costs(1.0, tuple(1 + 0.05 * g for g in range(longest + 1)), 0.05)
         self.modelled = [costs.step_seconds * costs.round(g) for g in range(longest + 1)]
-        self.scale = [1.0] * (longest + 1)  # measured over modelled seconds, 1 until measured
+        self.scale = [1.0] * (longest + 1)  # measured ÷ modelled seconds, 1 until measured
         self.seen = [False] * (longest + 1)
         self.all_taken = self.all_modelled = self.modelled[0]  # seconds of all rounds, decayed
         self.since_draft = 0
         self.patience = 8
         self.probe = False
-        self.latest: GoOn | None = None  # of the latest draft
         self.weighed = 0  # drafts that could end early
-        self.brought = self.took = 0.0  # tokens and seconds of theirs, decayed
-        self.sure_taken = [6.0 * (i + 0.5) / self.BINS for i in range(self.BINS)]
-        self.sure_tried = [6.0] * self.BINS
+        self.predicted = self.took = 0.0  # predicted tokens and seconds of these rounds, decayed
+        self.confidence_taken = [6.0 * (i + 0.5) / self.BINS for i in range(self.BINS)]
+        self.confidence_tried = [6.0] * self.BINS
 
     def choose(self) -> int:
         best = max(range(self.longest + 1), key=self._rate)
         if self.weighed >= self.FIRST:
-            best = self.longest if self.brought / self.took > self.DOUBT * self._rate(0) else 0
+            best = self.longest if self.predicted / self.took > self.DOUBT * self._rate(0) else 0
         self.probe = best == 0 and self.since_draft >= self.patience
-        self.latest = None
         return (4 if self.weighed else self._cheap_probe()) if self.probe else best
 
     @property
-    def go_on(self) -> GoOn:
-        """Ends a draft where the next token, that has to be reached first, is likelier to cost time than to save it."""
-        rate = max(self._rate(0), self.brought / self.took if self.took else 0.0)
+    def early_stop(self) -> EarlyStop:
+        """Ends a draft where the expected gain of the next token is below its cost. The token only counts if all tokens
+        before it are accepted."""
+        rate = max(self._rate(0), self.predicted / self.took if self.took else 0.0)
         pace = self.all_taken / self.all_modelled
         costs = [(self.modelled[n + 1] - self.modelled[n]) * pace for n in range(self.longest)]
         least = [rate * cost * tried / taken for cost, tried, taken in zip(costs, self.tried, self.taken, strict=True)]
-        chances = [taken / tried for taken, tried in zip(self.sure_taken, self.sure_tried, strict=True)]
-        self.latest = GoOn(chances, [*least, np.inf])
-        return self.latest
+        chances = [taken / tried for taken, tried in zip(self.confidence_taken, self.confidence_tried, strict=True)]
+        return EarlyStop(chances, [*least, np.inf])
 
-    def observe(self, round: Round) -> None:
+    def observe(self, round: Round, stopped_early: bool | None = None) -> None:
         drafted, accepted = round.drafted, round.accepted
         for i in range(min(accepted + 1, drafted, self.longest)):
             self.tried[i] = self.decay * self.tried[i] + 1
             self.taken[i] = self.decay * self.taken[i] + (i < accepted)
-        asked = self.latest is not None and self.latest.asked
-        if asked:
-            sure = [token.q for token in round.tokens if token.role in DRAFTED and token.q is not None]
-            promised = reach = 1.0
-            for i, confidence in enumerate(sure):
-                reach *= self._chance(confidence)
-                promised += reach
+        could_stop = stopped_early is not None
+        if could_stop:
+            confidences = [token.q for token in round.tokens if token.role in DRAFTED and token.q is not None]
+            predicted = reach = 1.0
+            for i, confidence in enumerate(confidences):
+                reach *= self._acceptance(confidence)
+                predicted += reach
                 if i <= accepted:
                     bin = bin_of(confidence, self.BINS)
-                    self.sure_tried[bin] = 0.98 * self.sure_tried[bin] + 1
-                    self.sure_taken[bin] = 0.98 * self.sure_taken[bin] + (i < accepted)
+                    self.confidence_tried[bin] = 0.98 * self.confidence_tried[bin] + 1
+                    self.confidence_taken[bin] = 0.98 * self.confidence_taken[bin] + (i < accepted)
             self.weighed += 1
-            # What a probe tells is news, and what was known before it is old.
+            # The estimate before a probe is old, so it gets less weight.
             decay = 0.5 if self.probe else self.decay
-            self.brought = decay * self.brought + (promised if sure else len(round.emitted))
+            self.predicted = decay * self.predicted + (predicted if confidences else len(round.emitted))
             self.took = decay * self.took + round.seconds
         if drafted <= self.longest and round.seconds > 0:
-            # A length's first round sets its scale, so every length is judged by what it took itself (a kernel may fall
-            # off a cliff between two widths), and one that never was by the nearest that was. Those not in use drift
-            # towards what is seen now, so that one unlucky round is not held against a length for ever.
+            # The first round of a length sets its scale, since kernel time may jump between two widths. A length that
+            # was never used has the scale of the nearest one that was. The scales of lengths not in use drift towards
+            # the latest observation, so that a single slow round does not exclude a length for ever.
             error = min(max(round.seconds / self.modelled[drafted], 0.1), 10.0)
             for g in range(self.longest + 1):
                 if g == drafted:
@@ -188,8 +187,8 @@ class Adaptive:
                 elif self.seen[g]:
                     self.scale[g] += 0.005 * (error - self.scale[g])
             self.seen[drafted] = True
-            # Where drafts are faster than modelled, so is a plain step that was never seen; where they are slower, it
-            # is taken to be as modelled, and will be tried.
+            # A plain step that was never measured is assumed to be faster than modelled if drafts are. If drafts are
+            # slower than modelled, the plain step keeps its modelled time, so that it is tried.
             known = [g for g in range(1, self.longest + 1) if self.seen[g]]
             for g in range(self.longest + 1) if known else ():
                 if not self.seen[g]:
@@ -201,18 +200,18 @@ class Adaptive:
             self.since_draft += 1
         else:
             if self.probe:
-                # A probe that may end early costs a tenth of a step or so.
-                first, last = (4, 64) if asked else (8, 256)
+                # A probe that may end early costs about a tenth of a step.
+                first, last = (4, 64) if could_stop else (8, 256)
                 self.patience = first if accepted else min(self.patience * 2, last)
             self.since_draft = 0
 
-    def _chance(self, confidence: float) -> float:
-        """How often a draft of this confidence is accepted."""
+    def _acceptance(self, confidence: float) -> float:
+        """Estimated acceptance probability of a draft with this confidence."""
         bin = bin_of(confidence, self.BINS)
-        return self.sure_taken[bin] / self.sure_tried[bin]
+        return self.confidence_taken[bin] / self.confidence_tried[bin]
 
     def expected_tokens(self, length: int) -> float:
-        """Tokens a round of draft length `length` is expected to emit."""
+        """Expected number of emitted tokens of a round with draft length `length`."""
         expected = reach = 1.0
         for i in range(length):
             reach *= self.taken[i] / self.tried[i]
@@ -220,10 +219,11 @@ class Adaptive:
         return expected
 
     def _rate(self, length: int) -> float:
+        """Expected tokens per second."""
         return self.expected_tokens(length) / (self.modelled[length] * self.scale[length])
 
     def _cheap_probe(self) -> int:
-        """The draft that costs little more than a step and still tells something."""
+        """The draft length of a probe: 2 where a draft of 2 costs less than 1.25 plain steps, else 1."""
         return 2 if self.modelled[2] * self.scale[2] < 1.25 * self.modelled[0] * self.scale[0] else 1
 
 
@@ -231,6 +231,6 @@ def controller(settings: Settings, costs: Costs | None) -> Controller:
     """The controller that `settings.draft_length` names."""
     if settings.draft_length == "adaptive":
         return Adaptive(costs)
-    if settings.draft_length == "threshold":
-        return Threshold()
+    if settings.draft_length == "rate":
+        return Rate()
     return Fixed(int(settings.draft_length))

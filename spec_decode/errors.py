@@ -1,4 +1,4 @@
-"""Errors that are the visitor's to mend: each carries one clear sentence, and no traceback need be shown."""
+"""Errors that the user can correct. Each carries one sentence, and no traceback is shown."""
 
 from __future__ import annotations
 

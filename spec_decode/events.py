@@ -1,15 +1,17 @@
-"""What the engine says and everything else reads: `Token`, `Round`, `Trace`.
+"""A race as data, which sources write and everything else reads: `Token`, `Round`, `Trace`.
 
-In: nothing of ours. Out: frozen dataclasses that go to JSON and come back, with no torch in sight, so a
-finished race can be stored, sent and replayed without a model. Who decides what a round holds: `decode`.
+In: `trace_format` alone. Out: frozen dataclasses that are written as JSON and read back, without torch, so that a
+finished race can be stored, sent and replayed without a model. The format of a trace is docs/trace.schema.json.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+from . import trace_format
 
 Role = Literal["prompt", "target", "accepted", "rejected", "correction", "bonus"]
 
@@ -20,14 +22,45 @@ BASELINE = "baseline"
 SPECULATIVE = "speculative"
 
 
+class Alternative(NamedTuple):
+    """A token that might have stood at a position, and its probability there. Its text is in `Trace.pieces`."""
+
+    id: int
+    p: float
+
+
+class Comparison(NamedTuple):
+    """The two numbers that a rule compared for a drafted token; what they are is said by the rule (`rules.Rule`).
+
+    Rules that draw a uniform number: it is `value`, and the token passes if it is below `bound`. Others: the token's
+    `value` is compared with the `bound` of the target's own choice, and passes if it reaches it. A draft is accepted up
+    to the first token that does not pass, or under block verification up to the last that does.
+    """
+
+    value: float
+    bound: float
+
+
+class Residual(NamedTuple):
+    """What the target's own token was drawn from after a rejection: the `mass` of the residual (max(p − q, 0) under
+    rejection) before it was normalized, and its likeliest tokens with their normalized probabilities. Without mass, p =
+    q up to rounding, it was drawn from p."""
+
+    mass: float
+    top: tuple[Alternative, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Token:
     """One token as it is shown.
 
-    `text` is what the token adds to the text before it (for a rejected token: to the text it was guessed after).
+    `text` is what the token adds to the text before it (for a rejected token: to the text it was drafted after).
     A character split over several tokens belongs whole to the last of them; the others have an empty text.
     `p` and `q` are probabilities in [0, 1] under target and drafter, None where the model gave none.
-    `draft_position` counts 1…γ within the round's draft, None for the target's own tokens.
+    `draft_position` counts 1…γ within the round's draft, None for the target's own tokens. `target_top` and
+    `drafter_top` are the likeliest tokens under either at this position, most likely first, as far as they were
+    recorded; `compared` is what the rule compared, None where it compared nothing (the target's own tokens, and drafted
+    ones that verification did not reach).
     """
 
     id: int
@@ -36,17 +69,44 @@ class Token:
     p: float | None = None
     q: float | None = None
     draft_position: int | None = None
+    target_top: tuple[Alternative, ...] = ()
+    drafter_top: tuple[Alternative, ...] = ()
+    compared: Comparison | None = None
 
     @property
     def emitted(self) -> bool:
         """True when the token is part of the output (a rejected one is not, nor is the prompt)."""
         return self.role in EMITTED
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Token:
+        """The token that `Round.to_dict` made a dictionary of, in this process or in JSON.
+
+        Raises:
+            TypeError: a field is missing or unknown.
+        """
+        fields = dict(data)
+        for name in ("target_top", "drafter_top"):
+            if name in data:
+                fields[name] = _alternatives(data[name])
+        compared = data.get("compared")
+        fields["compared"] = Comparison(*compared) if compared else None
+        return cls(**fields)
+
+
+def _shallow(instance: Any) -> dict[str, Any]:
+    """The fields of a dataclass. `asdict` would copy every alternative of every token, one by one."""
+    return {name: getattr(instance, name) for name in instance.__dataclass_fields__}
+
+
+def _alternatives(rows: Iterable[Iterable[Any]]) -> tuple[Alternative, ...]:
+    return tuple(Alternative(*row) for row in rows)
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """`read` of the prompt's `total` tokens have been read, and no lane has a token yet. Not part of a trace: it is
-    there so that whoever waits sees how far it is, and may stop."""
+    """`read` of the prompt's `total` tokens have been read, and no lane has a token yet. Not part of a trace: it
+    tells a waiting visitor how far it is."""
 
     read: int
     total: int
@@ -62,7 +122,8 @@ class Round:
     a round that ends the text keeps only the drafts up to the end. `seconds` is the whole round, `clock` the lane's
     own busy time after it, both in seconds. `refused` counts tokens a lossy rule let through that the exact rule
     would have refused, `kl` is the mean divergence KL(emitted ‖ target) in nats over the round's positions;
-    both are None for exact rules.
+    both are None for exact rules. `drafter` names the one that made the draft, empty where nothing was drafted.
+    `residual` is what the correction was drawn from, for rules that draw it from a residual.
     """
 
     lane: str
@@ -75,6 +136,8 @@ class Round:
     clock: float
     refused: int | None = None
     kl: float | None = None
+    drafter: str = ""
+    residual: Residual | None = None
 
     @property
     def drafted(self) -> int:
@@ -98,7 +161,7 @@ class Round:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `Round.from_dict` is its inverse."""
-        return asdict(self)
+        return {**_shallow(self), "tokens": [_shallow(token) for token in self.tokens]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Round:
@@ -107,7 +170,14 @@ class Round:
         Raises:
             TypeError: a field is missing or unknown.
         """
-        return cls(**{**data, "tokens": tuple(Token(**t) for t in data["tokens"])})
+        residual = data.get("residual")
+        return cls(
+            **{
+                **data,
+                "tokens": tuple(Token.from_dict(token) for token in data["tokens"]),
+                "residual": Residual(residual[0], _alternatives(residual[1])) if residual else None,
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +187,7 @@ class Costs:
     `step_seconds` is a target pass over one token; `verify_ratio[γ]` is v(γ), a target pass over γ + 1 tokens in
     units of it (so v(0) = 1); `draft_ratio` is c, one drafted token in the same unit, and `draft_start` what the first
     of a draft costs beyond that (its weights come from memory, those of the next ones do not). `other_ratio` is what
-    else a round takes where there is a drafter; a race tells it, see `costs.learned`. `doubt` is the relative scatter
+    else a round takes where there is a drafter, measured in races, see `costs.learned`. `doubt` is the relative scatter
     of the samples that the ratios were measured from.
     """
 
@@ -145,35 +215,76 @@ class Costs:
         return cls(**{**data, "verify_ratio": tuple(data["verify_ratio"])})
 
 
-@dataclass(frozen=True)
-class Trace:
-    """A race as it happened: enough to replay it with no model.
+@dataclass(frozen=True, slots=True)
+class Promises:
+    """What a source can promise of every race, beyond what the rule says (`Settings.exact`, `Settings.same_text`).
 
-    `pair` names target, drafter, device and dtype; `settings` is `Settings.to_dict()`; `machine` says what it ran on;
-    `finish` says per lane why it ended ("stop" for an end-of-sequence token, "length", "cancelled", "time" for a limit
-    of the server, or "running").
+    exact: the output of an exact rule follows the target's own distribution.
+    same_text: both lanes emit the same tokens under a rule that makes them.
+    rejected: what it tells of a rejected token: its probabilities too, the token alone, or nothing at all.
     """
 
+    exact: bool = True
+    same_text: bool = True
+    rejected: Literal["probabilities", "tokens", "nothing"] = "probabilities"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A race as it happened: enough to run it again, and to replay it without a model.
+
+    Attributes:
+        request: `Request.to_dict()`.
+        pair: "target", "drafter", "device" and "dtype" as names; "revisions" where they are known.
+        machine: what it ran on.
+        prompt_tokens: tokens that were read before the first new one, a forced prefix included.
+        rounds: of both lanes, in the order in which they happened.
+        finish: per lane why it ended: "stop" for an end-of-sequence token, "length", "cancelled", "time" for a limit of
+            the server, or "running".
+        costs: what the draft lengths were chosen by at first, None where nothing was measured.
+        versions: of this package, of Python and of the libraries, by name.
+        date: when the race was begun, UTC, as 2026-01-31T12:00:00Z; None in a trace of format version 1.
+        promises: those of the source that ran it.
+        pieces: the text of every token that occurs as an alternative, by itself, by its id in decimal.
+        omitted: the fields of the request that were left out when the trace was exported.
+        version: of the format.
+    """
+
+    request: dict[str, Any]
     pair: dict[str, Any]
-    settings: dict[str, Any]
     machine: dict[str, Any]
-    prompt: str
     prompt_tokens: int
     rounds: tuple[Round, ...]
     finish: dict[str, str] = field(default_factory=dict)
     costs: Costs | None = None
-    version: int = 1
+    versions: dict[str, str] = field(default_factory=dict)
+    date: str | None = None
+    promises: Promises = Promises()
+    pieces: dict[str, str] = field(default_factory=dict)
+    omitted: tuple[str, ...] = ()
+    version: int = trace_format.VERSION
+
+    @property
+    def prompt(self) -> str:
+        """The prompt that was asked for."""
+        return str(self.request["prompt"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """`Settings.to_dict()`."""
+        settings: dict[str, Any] = self.request["settings"]
+        return settings
 
     def lane(self, name: str) -> tuple[Round, ...]:
         """The rounds of one lane, in order."""
         return tuple(r for r in self.rounds if r.lane == name)
 
     def text(self, lane: str) -> str:
-        """The output of one lane."""
+        """The output of one lane, after the prefix if one was forced."""
         return "".join(r.text for r in self.lane(lane))
 
     def token_ids(self, lane: str) -> list[int]:
-        """The output of one lane as token ids."""
+        """The output of one lane as token ids, after the prefix if one was forced."""
         return [t.id for r in self.lane(lane) for t in r.emitted]
 
     @property
@@ -181,28 +292,43 @@ class Trace:
         """True when both lanes emitted the same token ids."""
         return self.token_ids(BASELINE) == self.token_ids(SPECULATIVE)
 
+    def exported(self, system: bool = False) -> Trace:
+        """The trace as it may leave this machine: of local paths the last component is left, and the system prompt is
+        left out, unless `system`; `omitted` then says so."""
+        request = {**self.request, "drafter": trace_format.portable(self.request.get("drafter"))}
+        omitted = self.omitted
+        if request.get("system") and not system:
+            request["system"] = None
+            omitted = (*omitted, "system")
+        pair, machine = trace_format.portable(self.pair), trace_format.portable(self.machine)
+        return replace(self, request=request, pair=pair, machine=machine, omitted=omitted)
+
     def to_json(self) -> str:
         """One JSON object; `Trace.from_json` is its inverse."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        data = {**_shallow(self), "rounds": [r.to_dict() for r in self.rounds], "promises": asdict(self.promises)}
+        data["costs"] = self.costs.to_dict() if self.costs else None
+        return json.dumps(data, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Trace:
-        """The trace `to_json` was made from.
+        """The trace `to_json` was made from. One of format version 1 comes back in the fields of this version.
 
         Raises:
-            ValueError: the text is not JSON, or not a trace of this version.
+            ValueError: in one sentence: the text is not JSON, or not a trace of a version that is known, or a field is
+                missing, unknown, or of the wrong type.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or data.get("version") != 1:
-            raise ValueError("not a Spec Decode trace of version 1")
+        data = trace_format.read(text)
         try:
-            rounds = tuple(Round.from_dict(r) for r in data.pop("rounds"))
             costs = data.pop("costs", None)
-            return cls(rounds=rounds, costs=Costs.from_dict(costs) if costs else None, **data)
+            return cls(
+                **{
+                    **data,
+                    "rounds": tuple(Round.from_dict(r) for r in data["rounds"]),
+                    "costs": Costs.from_dict(costs) if costs is not None else None,
+                    "promises": Promises(**data.get("promises", {})),
+                    "omitted": tuple(data.get("omitted", ())),
+                }
+            )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not a Spec Decode trace: {error}") from error
-
-
-def emitted_tokens(rounds: Iterable[Round]) -> int:
-    """How many tokens these rounds added to the output."""
-    return sum(len(r.emitted) for r in rounds)
+            said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+            raise trace_format.refused(said) from error

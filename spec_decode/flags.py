@@ -1,6 +1,6 @@
-"""The flags that name a pair and say how to hold it, the same for `app.py` and for the commands that race.
+"""The flags that name a pair and how it is loaded, shared by `app.py` and the commands that race.
 
-In: an argument parser, then what it read. Out: the arguments of `models.load_pair`. Imports no torch.
+In: an argument parser, then its result. Out: the arguments of `loading.pair.load_pair`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -8,19 +8,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from . import catalog
+from .drafters import kinds
 from .errors import UserError
+from .loading import catalog
 
-_SAME_NAME = (
-    "device",
-    "dtype",
-    "quantize",
-    "drafter_device",
-    "device_map",
-    "attention",
-    "target_revision",
-    "drafter_revision",
-)
+_SAME_NAME = ("device", "dtype", *catalog.Options.__annotations__)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drafter",
         metavar="ID",
-        help="lookup, mtp, a Hub id or a directory, the last three also with +lookup behind (default: the pair's own)",
+        help=f"{kinds.usage()} (default: the pair's own)",
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", default="auto", help="auto (default), int8 (CPU), float32, float16 or bfloat16")
@@ -47,10 +39,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def read(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `models.load_pair`, but for `progress`.
+    """The arguments of `loading.pair.load_pair` except `progress`.
 
     Raises:
-        UserError: a pair, precision or attention that does not exist, or a pair and a target at once.
+        UserError: a pair, precision or attention implementation that does not exist, or both a pair and a target.
     """
     target, drafter = arguments.target, arguments.drafter
     if arguments.pair:

@@ -14,33 +14,98 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .events import BASELINE, SPECULATIVE, Costs, Round, Trace, emitted_tokens
+from .events import BASELINE, SPECULATIVE, Costs, Round, Token, Trace
 
 
-def tokens_per_second(rounds: Sequence[Round]) -> float | None:
-    """Decoding rate in tokens/s: (emitted − 1) / time since the first token; prefill is not in it."""
-    if len(rounds) < 2:
-        return None
-    first = len(rounds[0].emitted)
-    seconds = rounds[-1].clock - rounds[0].clock
-    return (emitted_tokens(rounds) - first) / seconds if seconds > 0 else None
+def rate(tokens: int, seconds: float) -> float | None:
+    """Tokens per second."""
+    return tokens / seconds if seconds > 0 else None
 
 
-def time_to_first_token(rounds: Sequence[Round]) -> float | None:
-    """Seconds from the start of the prefill to the first token."""
-    return rounds[0].clock if rounds else None
+def ratio(of: float | None, to: float | None) -> float | None:
+    """One figure ÷ another: accepted ÷ drafted tokens is the acceptance rate, a lane's rate ÷ the other's the speedup.
+    None where one is missing or the second is 0."""
+    return of / to if of is not None and to else None
+
+
+class LaneCounts:
+    """What the figures of a lane are made of, counted round by round, the prefill first: every figure that does not
+    need the single rounds follows from these counts. They cost the same however long the lane is."""
+
+    def __init__(self, rounds: Iterable[Round] = ()) -> None:
+        self.tokens = self.first_tokens = self.rounds = self.passes = self.accepted = self.drafted = self.refused = 0
+        self.first_clock = self.clock = self.kl = 0.0
+        self.lossy_rounds = 0
+        for r in rounds:
+            self.add(r)
+
+    def add(self, r: Round) -> tuple[Token, ...]:
+        """Counts the lane's next round, and returns the tokens that it emitted."""
+        emitted = r.emitted
+        if self.rounds == 0:
+            self.first_tokens, self.first_clock = len(emitted), r.clock
+        self.rounds += 1
+        self.passes += r.index > 0
+        self.tokens += len(emitted)
+        self.clock = r.clock
+        self.accepted += r.accepted
+        self.drafted += r.drafted
+        if r.kl is not None:
+            self.refused += r.refused or 0
+            self.kl += r.kl
+            self.lossy_rounds += 1
+        return emitted
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decoding rate: (emitted − 1) / time since the first token; prefill is not in it."""
+        return rate(self.tokens - self.first_tokens, self.clock - self.first_clock) if self.rounds > 1 else None
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from the start of the prefill to the first token."""
+        return self.first_clock if self.rounds else None
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted / drafted tokens (vLLM's draft acceptance rate)."""
+        return ratio(self.accepted, self.drafted)
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """1 + accepted / rounds, the mean tokens a target pass emits, rounds of γ = 0 included (EAGLE: τ). vLLM's mean
+        acceptance length counts speculative steps only. The prefill is no round of it."""
+        return 1 + self.accepted / self.passes if self.passes else None
+
+    @property
+    def refused_share(self) -> float | None:
+        """Tokens that a lossy rule let through and the exact rule would have refused, of all after the prefill."""
+        return self.refused / max(1, self.tokens - self.first_tokens) if self.lossy_rounds else None
+
+    @property
+    def mean_kl(self) -> float | None:
+        """Mean over rounds of KL(emitted ‖ target), in nats; None for exact rules."""
+        return self.kl / self.lossy_rounds if self.lossy_rounds else None
+
+
+def tokens_per_second(rounds: Iterable[Round]) -> float | None:
+    """`LaneCounts.tokens_per_second` of a lane's rounds, the prefill first."""
+    return LaneCounts(rounds).tokens_per_second
+
+
+def time_to_first_token(rounds: Iterable[Round]) -> float | None:
+    """`LaneCounts.time_to_first_token` of a lane's rounds, the prefill first."""
+    return LaneCounts(rounds).time_to_first_token
 
 
 def acceptance_rate(rounds: Iterable[Round]) -> float | None:
-    """Accepted / drafted tokens (vLLM's draft acceptance rate)."""
-    accepted, drafted = _counts(rounds)
-    return accepted / drafted if drafted else None
+    """`LaneCounts.acceptance_rate` of these rounds."""
+    return LaneCounts(rounds).acceptance_rate
 
 
-def tokens_per_pass(rounds: Sequence[Round]) -> float | None:
-    """1 + accepted / rounds, the mean tokens a target pass emits (vLLM: acceptance length; EAGLE: τ)."""
-    passes = [r for r in rounds if r.index > 0]
-    return 1 + _counts(passes)[0] / len(passes) if passes else None
+def tokens_per_pass(rounds: Iterable[Round]) -> float | None:
+    """`LaneCounts.tokens_per_pass` of these rounds."""
+    return LaneCounts(rounds).tokens_per_pass
 
 
 def tokens_per_pass_histogram(rounds: Sequence[Round]) -> dict[int, int]:
@@ -84,9 +149,7 @@ def predicted_speedup(acceptance: Sequence[float], costs: Costs, draft_length: i
 
 def speedup(trace: Trace) -> float | None:
     """Speculative tokens/s ÷ baseline tokens/s, same prompt, same process, same weights."""
-    base = tokens_per_second(trace.lane(BASELINE))
-    fast = tokens_per_second(trace.lane(SPECULATIVE))
-    return fast / base if base and fast else None
+    return ratio(tokens_per_second(trace.lane(SPECULATIVE)), tokens_per_second(trace.lane(BASELINE)))
 
 
 LEVEL = 0.95  # nominal coverage of the interval
@@ -141,9 +204,10 @@ def speedup_with_interval(baseline: Lane, speculative: Lane) -> Speedup | None:
     Neighbouring rounds are alike (text that is easy to draft, a machine that is busy for a while), so each lane's
     rounds are drawn again in circular blocks (Politis and Romano 1992) and not one by one. Blocks hold a sixth of the
     lane's rounds, at most 2·√n: few and long ones, because a block that is shorter than the correlation makes the
-    interval too narrow, which is worse than one a little too wide. What few blocks leave uncertain is paid for twice:
-    the spread is divided by √(1 − block / n), the known bias of the circular bootstrap's variance, and widened from the
-    normal to Student's t quantile with Welch's degrees of freedom. Percentiles are of the logarithm of the ratio.
+    interval too narrow, which is worse than one a little too wide. The uncertainty that few blocks leave is corrected
+    twice: the spread is divided by √(1 − block / n), the known bias of the circular bootstrap's variance, and widened
+    from the normal to Student's t quantile with Welch's degrees of freedom. Percentiles are of the logarithm of the
+    ratio.
 
     The lanes are drawn apart: numerator and denominator are their own rounds. What differs between two runs of the
     same race (frequency, placement in memory, other processes) is not in it.
@@ -221,9 +285,9 @@ class Repetition:
     """The share of a growing text's n-grams (n = `REPEATED` tokens) that occurred before in the same text.
 
     24 tokens are about two sentences, more than what lists, tables, code and JSON repeat from one entry to the next:
-    with n = 8 half of an HTML list counts as said before, with n = 24 a twentieth. The share stays below a quarter even
-    for a song with a chorus, and a text that is caught in a loop is mostly loop; `LOOPING` lies between. A loop is
-    found once it fills some four tenths of the text.
+    with n = 8 half of an HTML list counts as repeated, with n = 24 a twentieth. The share stays below a quarter even
+    for a song with a chorus, and in a looping text most n-grams are repeated; `LOOPING` lies between. A loop is found
+    once it fills some four tenths of the text.
     """
 
     def __init__(self) -> None:
@@ -263,13 +327,15 @@ def repeated_share(tokens: Iterable[int]) -> float:
 def race_report(trace: Trace) -> dict[str, Any]:
     """The object `python -m spec_decode race --json` prints: both lanes, their rates, and whether they agree."""
     speculative = trace.lane(SPECULATIVE)
-    accepted, drafted = _counts(speculative)
+    counts = LaneCounts(speculative)
     estimate = speedup_with_interval(Lane.of(trace.lane(BASELINE)), Lane.of(speculative))
     lanes = {lane: _lane_report(trace, lane) for lane in (BASELINE, SPECULATIVE)}
     return {
         "pair": trace.pair,
         "settings": trace.settings,
         "machine": trace.machine,
+        "versions": trace.versions,
+        "date": trace.date,
         "prompt_tokens": trace.prompt_tokens,
         "baseline": lanes[BASELINE],
         "speculative": {
@@ -284,37 +350,29 @@ def race_report(trace: Trace) -> dict[str, Any]:
                 }
                 for r in speculative
             ],
-            "drafted": drafted,
-            "accepted": accepted,
-            "acceptance_rate": acceptance_rate(speculative),
-            "tokens_per_pass": tokens_per_pass(speculative),
+            "drafted": counts.drafted,
+            "accepted": counts.accepted,
+            "acceptance_rate": counts.acceptance_rate,
+            "tokens_per_pass": counts.tokens_per_pass,
         },
         "speedup": speedup(trace),
         "speedup_interval": [estimate.low, estimate.high] if estimate else None,
         "end_to_end_speedup": estimate.end_to_end if estimate else None,
         "end_to_end_interval": [estimate.end_to_end_low, estimate.end_to_end_high] if estimate else None,
-        "verdict": verdict(drafted, estimate),
+        "verdict": verdict(counts.drafted, estimate),
         "looping": any(report["repeated_share"] >= LOOPING for report in lanes.values()),
         "identical": trace.identical,
     }
 
 
 def _lane_report(trace: Trace, lane: str) -> dict[str, Any]:
-    rounds = trace.lane(lane)
+    counts = LaneCounts(trace.lane(lane))
     return {
         "text": trace.text(lane),
         "token_ids": trace.token_ids(lane),
-        "prefill_seconds": time_to_first_token(rounds),
-        "seconds": rounds[-1].clock if rounds else 0.0,
-        "tokens_per_second": tokens_per_second(rounds),
+        "prefill_seconds": counts.time_to_first_token,
+        "seconds": counts.clock,
+        "tokens_per_second": counts.tokens_per_second,
         "finish": trace.finish.get(lane, "running"),
         "repeated_share": repeated_share(trace.token_ids(lane)),
     }
-
-
-def _counts(rounds: Iterable[Round]) -> tuple[int, int]:
-    accepted = drafted = 0
-    for r in rounds:
-        accepted += r.accepted
-        drafted += r.drafted
-    return accepted, drafted

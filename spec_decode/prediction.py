@@ -1,23 +1,23 @@
-"""The predicted speedup of every fixed draft length, with a band, from one race of any draft length.
+"""The predicted speedup of every fixed draft length, with a 90 % band, from one race of any draft length.
 
-In: a finished `Trace`. Out: for γ = 1…8 where a race of that length on the same prompt would come out, 9 times in 10.
+In: a finished `Trace`. Out: for γ = 1…8 the speedup that a race of that draft length on the same prompt would have.
 Formula: tokens per round ÷ (γ·c + v(γ)) of Leviathan et al. 2023 (arXiv:2211.17192), both measured in this race.
 
-Costs are the posterior of `costs.round_costs`. Tokens are not taken from per-position acceptance: in a race of adaptive
-length a draft ends where its drafter is unsure, so the positions that were drafted are the easy ones. Instead the text
-is decoded again, on paper. Where both lanes must emit the same text (`Settings.same_text`), a draft from the same place
-is the same draft whatever γ is, so a round that began at token t tells how many drafts any race accepts that begins a
-round there. Where this race does not know, a replicate draws the answer:
+Costs are the posterior of `costs.round_costs`. Tokens per round are not computed from per-position acceptance: in a
+race of adaptive draft length a draft ends where the drafter's confidence is low, so the drafted positions are a biased
+sample. Instead the decoding of the text is simulated. Where both lanes must emit the same text (`Settings.same_text`),
+a draft that begins at a given token is the same for every γ, so a round that began at token t gives the number of
+accepted tokens of any round that begins there. Unobserved outcomes are drawn anew in every replicate:
 
-- a token that was drafted from another place is drafted right again, or wrong again, in a share `SAME` of cases, since
-  what makes a token hard is mostly the token; else it is a new draw;
-- a token that nobody drafted is accepted with the rate of first drafts, which no confidence has chosen. For later
-  drafts of races that never end a draft early, their own rate counts; of races that do, the rate of first drafts with
-  a standard deviation of `FIRST_TO_NEXT` observations' worth.
+- a token that was drafted in a round with another beginning has the observed outcome with probability `SAME`, since the
+  difficulty depends mostly on the token; otherwise it is an independent draw;
+- a token that was never drafted is accepted at the rate of first drafts, which is not subject to selection by
+  confidence. Later drafts have their own rate in races that never end a draft early; in races that do, they have the
+  rate of first drafts, with the standard deviation of `FIRST_TO_NEXT` observations.
 
-Rates are drawn from their Beta posteriors, costs from theirs, and to each replicate comes the scatter of another run:
-`RUN_TO_RUN`, and what this race's baseline steps show, for either lane. Under rules that draw independently another
-run has another text, so there nothing is known of places and every token is a new draw.
+Rates are drawn from their Beta posteriors and costs from theirs. Each replicate also has the scatter between runs:
+`RUN_TO_RUN`, and the scatter of this race's baseline steps, for either lane. Under rules that draw independently
+another run has another text, so every token is an independent draw.
 """
 
 from __future__ import annotations
@@ -35,17 +35,21 @@ from .settings import Settings
 LENGTHS = range(1, 9)
 LEVEL = 0.9
 REPLICATES = 300
-SAME = (8.0, 2.0)  # Beta parameters of a share
+SAME = (8.0, 2.0)  # parameters of a Beta distribution of probabilities
 FIRST_TO_NEXT = 30.0
-NEXT = 4.0  # weight of the rate of first drafts as a prior of the others'
-RUN_TO_RUN = 0.02  # standard deviation of the logarithm of a speedup between two runs, beyond what rounds show
-LONGEST_TEXT = 2048  # tokens that are decoded again; they stand for the rest
+NEXT = 4.0  # weight of the rate of first drafts as a prior of that of later drafts, in observations
+# Standard deviations between two runs, beyond the scatter of rounds: of the log speedup, and of the logarithm of the
+# part of a pass that grows with its tokens. Other load on the machine slows arithmetic and memory reads by different
+# factors.
+RUN_TO_RUN = 0.02
+ROWS_RUN_TO_RUN = 0.08
+LONGEST_TEXT = 2048  # tokens that are simulated; longer texts are cut
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted speedups for draft lengths `lengths`: the median and the ends of the band. `best` is the draft length
-    that is fastest in 9 of 10 replicates, None where there is no such."""
+    """Predicted speedups for the draft lengths `lengths`: the median, and the ends of the band. `best` is the draft
+    length that is fastest in at least 9 of 10 replicates, None where none is."""
 
     lengths: tuple[int, ...]
     median: tuple[float, ...]
@@ -55,22 +59,25 @@ class Prediction:
 
 
 def predict(trace: Trace, lengths: Sequence[int] = LENGTHS) -> Prediction | None:
-    """What races of fixed draft lengths would come to; None where nothing was drafted or the costs are not known."""
+    """The predicted speedups of races with fixed draft lengths; None where nothing was drafted or the costs are
+    unknown."""
     base, fast = trace.lane(BASELINE), trace.lane(SPECULATIVE)
     if trace.costs is None or not tokens_per_second(base) or not any(r.drafted for r in fast):
         return None
     noise = np.random.default_rng(0)
     monotone = str(trace.pair.get("device", "cpu")).startswith("cpu")
-    costs = round_costs(trace.costs, trace.rounds, monotone).draws(REPLICATES, noise)
+    found = round_costs(trace.costs, trace.rounds, monotone)
+    costs = found.draws(REPLICATES, noise)
     settings = Settings(**trace.settings)
     seen = _Seen.of(fast)
-    accepted, silent = _accepted(seen, settings.same_text, max(lengths), noise)
+    accepted, empty = _accepted(seen, settings.same_text, max(lengths), noise)
     limit = trace.finish.get(SPECULATIVE) == "length" and seen.whole
-    rates = np.stack([_rate(accepted, silent, costs, n, limit) for n in lengths])
-    share = np.argmax(rates, 0)
-    fastest = int(np.argmax(np.bincount(share, minlength=len(lengths))))
-    clear = (share == fastest).mean() >= LEVEL
-    scatter = np.sqrt(RUN_TO_RUN**2 + 2 * _step_variance(Lane.of(base)))
+    rates = np.stack([_rate(accepted, empty, costs, n, limit) for n in lengths])
+    winners = np.argmax(rates, 0)
+    fastest = int(np.argmax(np.bincount(winners, minlength=len(lengths))))
+    clear = (winners == fastest).mean() >= LEVEL
+    rows = np.array([[ROWS_RUN_TO_RUN * (1 - 1 / found.passes[n])] for n in lengths])
+    scatter = np.sqrt(RUN_TO_RUN**2 + 2 * _step_variance(Lane.of(base)) + rows**2)
     band = rates * np.exp(scatter * noise.standard_normal(REPLICATES))
     ends = np.quantile(band, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
     low, middle, high = (tuple(row.tolist()) for row in (ends[0], np.median(rates, 1), ends[1]))
@@ -79,19 +86,23 @@ def predict(trace: Trace, lengths: Sequence[int] = LENGTHS) -> Prediction | None
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a race tells of its text's tokens, counted from 0 (the prefill's).
+    """What a race shows about the tokens of its text, counted from 0 (the prefill's).
 
-    `right` int `[tokens]`: 1 drafted and accepted, 0 drafted and refused, −1 nobody drafted it. `starts`: of each token
-    at which a round began and something was asked of the drafter, how many it drafted and how many were accepted.
-    `first`, `later`, `spoke`: (yes, of) for first drafts, later ones, and whether the drafter had anything to say.
-    `early`: drafts may have ended where the drafter was unsure. `whole`: no token was left out.
+    Attributes:
+        right: int `[tokens]`: 1 drafted and accepted, 0 drafted and rejected, −1 never drafted.
+        starts: (drafted, accepted) by the token at which a round with a draft length above 0 began.
+        first: (accepted, total) of the first drafted tokens of rounds.
+        later: the same of the tokens after them.
+        answered: (with a draft, total) of rounds with a draft length above 0; lookup drafts nothing without a match.
+        early: drafts may have ended where the drafter's confidence was low.
+        whole: the text was not cut.
     """
 
     right: np.ndarray
     starts: dict[int, tuple[int, int]]
     first: tuple[int, int]
     later: tuple[int, int]
-    spoke: tuple[int, int]
+    answered: tuple[int, int]
     early: bool
     whole: bool
 
@@ -100,13 +111,13 @@ class _Seen:
         size = min(sum(len(r.emitted) for r in rounds), LONGEST_TEXT)
         right = np.full(size, -1)
         starts: dict[int, tuple[int, int]] = {}
-        first, later, spoke = [0, 0], [0, 0], [0, 0]
+        first, later, answered = [0, 0], [0, 0], [0, 0]
         at, early, last = 0, False, rounds[-1].index
         for r in rounds:
             drafted, accepted = r.drafted, r.accepted
             if r.index > 0 and r.draft_length > 0:
-                spoke[0] += drafted > 0
-                spoke[1] += 1
+                answered[0] += drafted > 0
+                answered[1] += 1
                 early |= 0 < drafted < r.draft_length and r.index < last
                 for i in range(min(accepted + 1, drafted)):
                     count = later if i else first
@@ -117,12 +128,14 @@ class _Seen:
                 if at < size:
                     starts[at] = (drafted, accepted)
             at += len(r.emitted)
-        return cls(right, starts, (first[0], first[1]), (later[0], later[1]), (spoke[0], spoke[1]), early, at == size)
+        return cls(
+            right, starts, (first[0], first[1]), (later[0], later[1]), (answered[0], answered[1]), early, at == size
+        )
 
 
 def _accepted(seen: _Seen, same_text: bool, longest: int, noise: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Drafts accepted of up to `longest` by a round that begins at each token, `[REPLICATES, tokens]`, and whether the
-    drafter had nothing to say there."""
+    """Accepted tokens of a round that begins at each token with a draft of up to `longest`, int `[REPLICATES, tokens]`,
+    and whether the drafter drafts nothing there, bool `[REPLICATES, tokens]`."""
     size, shape = len(seen.right), (REPLICATES, len(seen.right))
 
     def rate(yes: float, of: float) -> np.ndarray:
@@ -137,29 +150,29 @@ def _accepted(seen: _Seen, same_text: bool, longest: int, noise: np.random.Gener
         later = noise.beta(NEXT * near + yes, NEXT * (1 - near) + of - yes)
     same = noise.beta(*SAME, (REPLICATES, 1)) if same_text else np.zeros((REPLICATES, 1))
     known = (seen.right >= 0) & same_text
-    copied, luck = noise.random(shape) < same, noise.random(shape)
+    copied, uniform = noise.random(shape) < same, noise.random(shape)
 
-    def drawn(chance: np.ndarray) -> np.ndarray:
-        return np.where(known & copied, seen.right == 1, luck < chance)
+    def drawn(probability: np.ndarray) -> np.ndarray:
+        return np.where(known & copied, seen.right == 1, uniform < probability)
 
     begins, goes_on = drawn(first), drawn(later)
-    run = np.zeros((REPLICATES, size + 1), np.int16)  # drafts accepted from here on, if the one before was
+    run = np.zeros((REPLICATES, size + 1), np.int16)  # tokens accepted from here on, if the one before was
     for t in range(size - 1, -1, -1):
         run[:, t] = np.where(goes_on[:, t], np.minimum(run[:, t + 1] + 1, longest), 0)
     accepted = np.where(begins, np.minimum(1 + run[:, 1:], longest), 0)
-    silent = noise.random(shape) >= rate(seen.spoke[0] + 0.5, seen.spoke[1] + 1.0)
+    empty = noise.random(shape) >= rate(seen.answered[0] + 0.5, seen.answered[1] + 1.0)
     if same_text:
         for t, (drafted, right) in seen.starts.items():
-            silent[:, t] = drafted == 0
+            empty[:, t] = drafted == 0
             accepted[:, t] = right if right < drafted else np.minimum(right + run[:, min(t + right, size)], longest)
-    accepted[silent] = 0
-    return accepted, silent
+    accepted[empty] = 0
+    return accepted, empty
 
 
-def _rate(accepted: np.ndarray, silent: np.ndarray, costs: np.ndarray, length: int, limit: bool) -> np.ndarray:
-    """Tokens per baseline step `[REPLICATES]` of decoding the text with a fixed draft length.
+def _rate(accepted: np.ndarray, empty: np.ndarray, costs: np.ndarray, length: int, limit: bool) -> np.ndarray:
+    """Tokens per baseline step, `[REPLICATES]`, when the text is decoded with a fixed draft length.
 
-    limit: the text ends because of the limit on its tokens, so that the last drafts are no longer than what is left.
+    limit: the text ends at the limit of new tokens, so that the last drafts are no longer than what is left.
     """
     replicates, size = accepted.shape
     every = np.arange(replicates)
@@ -167,13 +180,13 @@ def _rate(accepted: np.ndarray, silent: np.ndarray, costs: np.ndarray, length: i
     for t in range(size - 1, 0, -1):
         drafted = min(length, size - t - 1) if limit else length
         taken = np.minimum(accepted[:, t], drafted)
-        cost = np.where(silent[:, t], costs[:, 0], costs[:, drafted])
+        cost = np.where(empty[:, t], costs[:, 0], costs[:, drafted])
         left[:, t] = cost + left[every, t + taken + 1]
     return np.asarray((size - 1) / left[:, 1])
 
 
 def _step_variance(base: Lane) -> float:
-    """Of the logarithm of the mean baseline step, from means of a sixth of the steps each."""
+    """The variance of the logarithm of the mean baseline step, from the means of six parts of the lane."""
     if len(base.seconds) < 12:
         return 0.0
     parts = [part.mean() for part in np.array_split(base.seconds, 6)]

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any
 
 from .errors import SettingsError, quoted
+from .rules import RULES, Rule, deciding, default
 
-Rule = Literal["greedy", "rejection", "coupled", "threshold"]
-RULES: tuple[str, ...] = get_args(Rule)
-POLICIES: tuple[str, ...] = ("adaptive", "threshold")
+POLICIES: tuple[str, ...] = ("adaptive", "rate")
+_POLICY_ALIASES = {"threshold": "rate"}  # what "rate" was called before
 MAX_DRAFT_LENGTH = 16
+LEAST_LENIENCE = 1e-6  # far below it, products with probabilities leave the range of float32
 MAX_NEW_TOKENS = 32_768
 MAX_SEED = 2**53 - 1  # the integers a browser can hold
 
@@ -24,13 +25,12 @@ MAX_SEED = 2**53 - 1  # the integers a browser can hold
 class Settings:
     """Parameters of one race.
 
-    draft_length: tokens the drafter proposes a round, 1…16, or a policy, "adaptive" or "threshold".
+    draft_length: tokens the drafter proposes a round, 1…16, or a policy, "adaptive" or "rate".
     temperature: 0 is greedy decoding; up to 5.
     top_p: keep the smallest set of most likely tokens whose probability reaches this, in (0, 1]; 1 keeps all.
     top_k: keep the k most likely tokens; 0 keeps all.
-    rule: verification rule; None takes "greedy" at temperature 0 and "coupled" above it.
-    lenience: for the rule "threshold" only, in (0, 1]: accept with probability min(1, p / (lenience · q));
-        1 is exact, smaller is faster and further from the target (Leviathan et al. 2023, appendix A.5).
+    rule: name of a verification rule (`rules.RULES`); None takes "greedy" at temperature 0 and "coupled" above it.
+    lenience: for lossy rules only, from 1e-6 to 1; 1 is exact, smaller is faster and further from the target.
     max_new_tokens: the output ends after this many tokens, exactly.
     seed: of the noise that sampling uses.
 
@@ -50,6 +50,7 @@ class Settings:
     def __post_init__(self) -> None:
         if isinstance(self.draft_length, str):
             text = self.draft_length.strip().lower()
+            text = _POLICY_ALIASES.get(text, text)
             value: int | str = text if text in POLICIES else _integer("draft_length", text, 1, MAX_DRAFT_LENGTH)
         else:
             value = _integer("draft_length", self.draft_length, 1, MAX_DRAFT_LENGTH)
@@ -60,29 +61,40 @@ class Settings:
             raise SettingsError("top_p", "Top-p must be above 0; 1 keeps every token.")
         self._set("top_k", _integer("top_k", self.top_k, 0, 1_000_000))
         self._set("lenience", _number("lenience", self.lenience, 0.0, 1.0))
-        if self.lenience == 0.0:
-            raise SettingsError("lenience", "Lenience must be above 0; 1 is exact.")
+        if self.lenience < LEAST_LENIENCE:
+            raise SettingsError("lenience", f"Lenience must be at least {LEAST_LENIENCE:g}; 1 is exact.")
         self._set("max_new_tokens", _integer("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS))
         self._set("seed", _integer("seed", self.seed, 0, MAX_SEED))
         if self.rule in (None, "", "auto"):
-            self._set("rule", "greedy" if self.temperature == 0 else "coupled")
-        if self.rule not in RULES:
+            self._set("rule", default(self.temperature).name)
+        if not isinstance(self.rule, str) or self.rule not in RULES:
             raise SettingsError("rule", f"Unknown rule {quoted(self.rule)}; choose one of {', '.join(RULES)}.")
-        if self.rule == "greedy" and self.temperature > 0:
-            raise SettingsError("rule", "The greedy rule needs temperature 0; choose coupled or rejection to sample.")
+        if self.temperature > 0 and not RULES[self.rule].samples:
+            sampling = " or ".join(rule.name for rule in RULES.values() if rule.samples and rule.exact)
+            raise SettingsError("rule", f"The {self.rule} rule needs temperature 0; choose {sampling} to sample.")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     @property
+    def deciding(self) -> Rule:
+        """The rule that decides: the one named, or at temperature 0 the greedy one if that is exact."""
+        return deciding(RULES[str(self.rule)], self.temperature)
+
+    @property
+    def draws_q(self) -> bool:
+        """True when the rule asks for the distribution q that drafts were drawn from."""
+        return self.temperature > 0 and self.deciding.noise == "round"
+
+    @property
     def exact(self) -> bool:
         """True when the output follows the target's own distribution."""
-        return self.rule != "threshold"
+        return self.deciding.exact
 
     @property
     def same_text(self) -> bool:
         """True when both lanes must emit the same tokens, whatever the drafter does."""
-        return self.rule in ("greedy", "coupled") or (self.temperature == 0 and self.exact)
+        return self.deciding.same_text
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `Settings(**d)` is its inverse."""

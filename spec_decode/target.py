@@ -1,8 +1,8 @@
-"""Target: the model that decides, one pass at a time.
+"""Target: a causal language model, one forward pass at a time.
 
-In: token ids and a cache. Out: logits for every position of the pass, and the last hidden state where a drafter asks
-for it. Talks to transformers only through a model's public forward and cache interface, so any decoder-only model will
-do. Knows nothing of drafts or of rules; a draft model is a Target too.
+In: token ids and a cache. Out: logits for every position of the pass, and the last hidden state where a drafter needs
+it. Uses only the public forward and cache interface of transformers, so any decoder-only model works. Independent of
+drafts and rules; a draft model is a `Target` too.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from transformers import PreTrainedModel
 from .cache import ARGUMENT, BUCKET, RollbackCache, layer_kinds
 from .clock import finish
 
-# Tokens of a prompt that are read at a time: one of these, all of them multiples of `kernels.products.MOST`.
+# Possible chunk sizes of the prefill in tokens, all multiples of `kernels.products.MAX_ROWS`.
 CHUNKS = (6, 24, 96, 384, 1536)
-AIM = 0.8  # seconds that a chunk may take
-FAR = 4096
-ANYWHERE = 1 << 30
+AIM = 0.8  # upper bound of the time of a chunk, in seconds
+FAR = 4096  # position at which chunks are timed a second time
+ANYWHERE = 1 << 30  # a position beyond every text
 
 
 @dataclass(frozen=True)
 class Pass:
-    """logits `[k, V]` at the pass's last k positions; hidden `[k, H]` there, after the final norm, or None; the cache
-    that the pass wrote to, whose keys and values an MTP drafter reads."""
+    """The result of a forward pass. Without a row dimension in the tokens, logits and hidden have none either.
+
+    Attributes:
+        logits: `[rows, k, V]`, at the last k positions of the pass.
+        hidden: `[rows, k, H]`, hidden states at these positions after the final norm, or None.
+        cache: the cache that the pass wrote to; an MTP drafter reads its keys and values.
+    """
 
     logits: Tensor
     hidden: Tensor | None
@@ -36,20 +41,21 @@ class Pass:
 
     @torch.inference_mode()
     def copy(self) -> Pass:
-        """The same in buffers of its own. Stays on the device."""
+        """A copy in new buffers on the same device."""
         return Pass(self.logits.clone(), None if self.hidden is None else self.hidden.clone(), self.cache.copy())
 
 
 class Target:
-    """A causal language model behind two calls, `prefill` and `verify`.
+    """A causal language model with two operations, `prefill` and `verify`. Tokens are int64 `[rows, n]`, or `[n]` for
+    a single row.
 
     Attributes:
-        context: positions the model was made for.
-        vocabulary: width V of its logits.
+        context: the model's context length in tokens.
+        vocabulary: width V of the logits.
         kinds: `full_attention` or `sliding_attention` for every layer.
         eos: ids that end a text, from the generation config.
-        chunks: (size, position) pairs, the largest size first: `read` gives that many tokens of a prompt to one pass
-            where no more than `position` tokens stand before them; see `choose_chunks`.
+        chunks: (size, position) pairs, the largest size first: a prefill pass reads `size` tokens where at most
+            `position` tokens precede them; see `choose_chunks`.
 
     Raises:
         ValueError: the model has layers whose state cannot roll back (recurrent, chunked attention).
@@ -72,59 +78,62 @@ class Target:
         return RollbackCache(self.model.config, capacity)
 
     def prefill(self, tokens: Tensor, cache: RollbackCache, hidden: bool = False) -> Pass:
-        """Reads the prompt, int64 `[n]`, into an empty cache; the pass holds its last position alone (k = 1)."""
+        """Reads the prompt into an empty cache. The pass has the last position only (k = 1)."""
         return self._forward(tokens, cache, hidden, keep=1)
 
     def read(self, tokens: Tensor, cache: RollbackCache, hidden: bool = False) -> Iterator[Pass]:
-        """`prefill`, a chunk at a time: yields a pass for each, k = 1, when the device is done with it, so that a
-        prompt can be left half read. The last one is what `prefill` gives, and alone has hidden states.
+        """Chunked `prefill`: yields a pass (k = 1) for every chunk once the device has finished it, so that the caller
+        can stop between chunks. The last pass is the result of `prefill` and the only one with hidden states.
 
-        With kernels that treat every row alike (`cpu.Int8Llama`) it is the same to the bit however the prompt is cut.
-        Other models add up in another order when a pass has another width, so that the last bits, and now and then a
-        token, may differ between two choices of `chunks`. A race has one and reads its prompt once, so its lanes never
-        differ for that reason."""
-        count, start = tokens.shape[0], 0
+        With kernels whose rows are independent (`cpu.Int8Llama`) the result is bitwise the same for all chunk sizes.
+        Other models sum in an order that depends on the width of the pass, so the last bits, and occasionally a token,
+        may differ between two values of `chunks`. A race reads its prompt once, so both lanes start from the same
+        bits."""
+        count, start = tokens.shape[-1], 0
         while start < count:
             end = start + self._chunk(cache.length)
-            passed = self._forward(tokens[start:end], cache, hidden and end >= count, keep=1)
+            passed = self._forward(tokens[..., start:end], cache, hidden and end >= count, keep=1)
             finish(passed.logits.device)
             start = end
             yield passed
 
     def _chunk(self, position: int) -> int:
-        """Tokens to read at a time where `position` stand before them; the smallest size where none was fast enough."""
+        """Chunk size where `position` tokens precede the chunk; the smallest size where none is fast enough."""
         return next((size for size, furthest in self.chunks if position <= furthest), self.chunks[-1][0])
 
     def verify(self, tokens: Tensor, cache: RollbackCache, hidden: bool = False) -> Pass:
-        """One pass over int64 `[k]` tokens after what the cache holds; row i gives the distribution after token i."""
-        return self._forward(tokens, cache, hidden, keep=tokens.shape[0])
+        """One pass over k tokens after the cached ones; position i has the logits of the token after token i."""
+        return self._forward(tokens, cache, hidden, keep=tokens.shape[-1])
 
     @torch.inference_mode()
     def _forward(self, tokens: Tensor, cache: RollbackCache, hidden: bool, keep: int) -> Pass:
-        start = cache.length
-        position = torch.arange(start, start + tokens.shape[0], device=self.device)[None]
+        start, count = cache.length, tokens.shape[-1]
+        position = torch.arange(start, start + count, device=self.device)[None]
         out = self.model(
-            input_ids=tokens[None],
+            input_ids=tokens.view(-1, count),
             position_ids=position,
             use_cache=True,
             logits_to_keep=keep,
             output_hidden_states=hidden,
             **{ARGUMENT: cache},
         )
-        cache.advance(tokens.shape[0])
-        return Pass(out.logits[0], out.hidden_states[-1][0, -keep:] if hidden else None, cache)
+        cache.advance(count)
+        states = out.hidden_states[-1][:, -keep:] if hidden else None
+        if tokens.dim() == 1:
+            return Pass(out.logits[0], None if states is None else states[0], cache)
+        return Pass(out.logits, states, cache)
 
 
 def choose_chunks(target: Target) -> tuple[tuple[int, int], ...]:
-    """Chooses the sizes of the chunks in which `target` reads prompts, sets and returns `target.chunks`: anywhere the
+    """Chooses the chunk sizes of the prefill; sets and returns `target.chunks`. At every position the size is the
     largest of `CHUNKS` that is expected to take no longer than `AIM`.
 
-    What attention takes grows with the positions before it, so the seconds of a chunk are a line in that number: each
-    size is timed at the start of a text and after `FAR` positions (or as many as the context has). A size that the two
-    before it let expect to take too long is not timed, and nor are those beyond it.
+    The time of attention grows with the preceding positions, so the time of a chunk is modelled as linear in their
+    number. Each size is timed at the start of a text and after `FAR` positions (or the context length, if shorter).
+    Sizes that are expected to be too slow, extrapolated from the last two, are not timed.
 
-    Few sizes that lie far apart, and positions in whole buckets, so that one machine rarely chooses differently from
-    load to load: for most models a seed stands for one text only while the choice stays the same (see `Target.read`).
+    Sizes are few and far apart, and positions are whole buckets, so that a machine rarely chooses differently from
+    load to load. For most models a seed gives the same text only with the same choice (see `Target.read`).
     """
     room = min(target.context, FAR)
     cache = target.new_cache(room)
@@ -132,12 +141,12 @@ def choose_chunks(target: Target) -> tuple[tuple[int, int], ...]:
 
     def seconds(size: int, position: int) -> float:
         cache.reset()
-        cache.advance(position)  # zeros are as good as any keys and values
+        cache.advance(position)  # the time does not depend on the values of keys and values
         begun = time.perf_counter()
         finish(target.prefill(tokens[:size], cache).logits.device)
         return time.perf_counter() - begun
 
-    seconds(1, 0)  # buffers are made, kernels compiled
+    seconds(1, 0)  # allocates buffers, compiles kernels
     known = [(1, seconds(1, 0), seconds(1, room - 1))]  # size, seconds at the start, seconds at the end
     chosen: list[tuple[int, int]] = []
     for size in CHUNKS:
@@ -145,7 +154,7 @@ def choose_chunks(target: Target) -> tuple[tuple[int, int], ...]:
         if size > room or near > AIM:
             break
         near = seconds(size, 0)
-        if far <= 2 * AIM:  # else what is expected tells well enough where it begins to be too slow
+        if far <= 2 * AIM:  # otherwise the extrapolated time is accurate enough
             far = seconds(size, room - size)
         known.append((size, near, far))
         if near <= AIM:
@@ -158,7 +167,8 @@ def choose_chunks(target: Target) -> tuple[tuple[int, int], ...]:
 
 
 def _expected(known: list[tuple[int, float]], size: int) -> float:
-    """Seconds that `size` rows will take: on the line through the last two measurements, or as long as the only one."""
+    """Expected seconds of a pass over `size` rows: linear extrapolation from the last two measurements, or the only
+    measurement."""
     last, took = known[-1]
     if len(known) == 1:
         return took

@@ -10,26 +10,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from .errors import PromptError, UserError, quoted
+from .errors import UserError
 
 _INCOMPLETE = "�"
-
-
-def require_text(what: str, value: object) -> str:
-    """`value`, if it is text. `what` names it: prompt, system prompt.
-
-    Raises:
-        PromptError: it is something else, or holds half of a surrogate pair, which no encoding has.
-    """
-    if not isinstance(value, str):
-        raise PromptError(f"The {what} must be text, not {quoted(value)}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"The {what} holds half of a surrogate pair (character {error.start + 1}), which is no text; remove it."
-        ) from None
-    return value
 
 
 def encode_chat(tokenizer: Any, prompt: str, system: str | None = None, thinking: bool = False) -> list[int]:
@@ -45,7 +28,7 @@ def encode_chat(tokenizer: Any, prompt: str, system: str | None = None, thinking
         return list(tokenizer(f"{system}\n\n{prompt}" if system else prompt)["input_ids"])
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": prompt})
-    # Said either way where there is a switch: some templates think unless they are told not to.
+    # Passed either way where there is a switch: some templates enable thinking by default.
     switch = {"enable_thinking": thinking} if can_think(tokenizer) else {}
     try:
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **switch)
@@ -64,12 +47,6 @@ def require_thinking(tokenizer: Any) -> None:
     """Raises UserError where the chat template has no switch for thinking."""
     if not can_think(tokenizer):
         raise UserError("The chat template of this target has no thinking mode; leave --thinking out.")
-
-
-def check_prompt(prompt: str) -> None:
-    """Raises PromptError where there is nothing to answer."""
-    if not prompt.strip():
-        raise PromptError("The prompt is empty; type something for the model to answer.")
 
 
 class TextStream:

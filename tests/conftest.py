@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
+# Before anything imports PyTorch: threads that spin while they wait take the cores from the other test processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")
 def embedded_dir() -> Path:
     """The embedded target's checkpoint, made once and kept in the user's cache."""
-    from spec_decode import embedded
+    from spec_decode.loading import embedded
 
     return embedded.prepare(print)
 

@@ -12,6 +12,7 @@ round's start as well, fails the first of them with a quarter of the seeds (`tes
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,13 +20,14 @@ import scipy.stats
 import torch
 from test_statistics import TableModel, silent
 
-from spec_decode import clock, decode, sampling
-from spec_decode.draft_length import GoOn
+from spec_decode import clock, decode, noise
+from spec_decode.draft_length import EarlyStop
 from spec_decode.drafters import Draft
 from spec_decode.drafters.model import ModelDrafter
 from spec_decode.events import DRAFTED, Round
 from spec_decode.sampling import distribution
 from spec_decode.settings import Settings
+from spec_decode.state import State
 
 FALSE_ALARM = 1e-9
 SEEDS = 20_000
@@ -54,10 +56,11 @@ class TimedDrafter(ModelDrafter):
         super().__init__(model, "timed", 2)  # type: ignore[arg-type]
         self.clock, self.one_hot = clock, one_hot
 
-    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
-        made = super().draft(length, go_on)
-        self.clock.now += len(made.ids) + 0.5 * int(made.ids.sum())
-        return Draft(made.ids, None, made.confidence) if self.one_hot else made
+    def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft | None:
+        made = super().draft_on_host(state, length, stop)
+        assert made is not None
+        self.clock.now += made.ids.shape[1] + 0.5 * int(made.ids.sum())
+        return replace(made, q=None) if self.one_hot else made
 
 
 class Adversary:
@@ -67,10 +70,10 @@ class Adversary:
         self.rounds: list[Round] = []
 
     @property
-    def go_on(self) -> GoOn | None:
+    def early_stop(self) -> EarlyStop | None:
         """Ends a draft after an unlikely token, or never: the seconds of all past rounds decide."""
         seconds = sum(round.draft_seconds for round in self.rounds)
-        return GoOn([0.0, 1.0], [0.5]) if seconds % 1 else None
+        return EarlyStop([0.0, 1.0], [0.5]) if seconds % 1 else None
 
     def choose(self) -> int:
         if not self.rounds:
@@ -83,7 +86,7 @@ class Adversary:
         confidences = sum(token.q or 0.0 for round in self.rounds for token in round.tokens)
         return 0 if last.draft_seconds % 1 and confidences % 1 < 0.5 else 3
 
-    def observe(self, round: Round) -> None:
+    def observe(self, round: Round, stopped_early: bool | None) -> None:
         self.rounds.append(round)
 
 
@@ -95,13 +98,13 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Clock:
     return made
 
 
-def texts(made: Clock, one_hot: bool, seeds: int) -> Iterator[list[int]]:
+def texts(made: Clock, one_hot: bool, seeds: int, rule: str) -> Iterator[list[int]]:
     """The first tokens that `decode` emits, for each seed."""
     # A one-hot drafter is sure of its argmax whatever the noise.
     sure = torch.zeros_like(DRAFTER).scatter_(-1, DRAFTER.argmax(-1, keepdim=True), 50.0)
     for seed in range(seeds):
         # Room for three tokens more, so that the end of the text cuts no draft short.
-        settings = Settings(temperature=1.0, rule="rejection", max_new_tokens=TOKENS + 3, seed=seed)
+        settings = Settings(temperature=1.0, rule=rule, max_new_tokens=TOKENS + 3, seed=seed)
         drafter = TimedDrafter(TableModel(sure if one_hot else DRAFTER), made, one_hot)
         lane = decode.speculative(TableModel(TARGET), drafter, Adversary(), PROMPT, silent(), settings)  # type: ignore[arg-type]
         ids: list[int] = []
@@ -111,10 +114,10 @@ def texts(made: Clock, one_hot: bool, seeds: int) -> Iterator[list[int]]:
         yield ids[:TOKENS]
 
 
-def p_value(made: Clock, one_hot: bool, seeds: int) -> float:
+def p_value(made: Clock, one_hot: bool, seeds: int, rule: str = "rejection") -> float:
     """Chi-square of tokens 1 to 4 against their joint distribution, on 15 degrees of freedom."""
     observed = np.zeros((2,) * TOKENS)
-    for ids in texts(made, one_hot, seeds):
+    for ids in texts(made, one_hot, seeds, rule):
         observed[tuple(ids)] += 1
     p = distribution(TARGET, Settings(temperature=1.0)).double().numpy()
     expected = np.empty_like(observed)
@@ -129,10 +132,11 @@ def test_rejection_is_exact_whatever_the_controller_has_seen(fake_clock: Clock, 
     assert p_value(fake_clock, one_hot, SEEDS) > FALSE_ALARM
 
 
-def test_noise_met_again_is_caught(fake_clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rule", ["rejection"])
+def test_noise_met_again_is_caught(fake_clock: Clock, monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
     """The same test with noise that forgets where its round started."""
-    keys = sampling.position_keys
+    keys = noise.position_keys
     monkeypatch.setattr(
-        sampling, "position_keys", lambda seed, positions, stream, start=None: keys(seed, positions, stream)
+        noise, "position_keys", lambda seed, positions, stream, start=None: keys(seed, positions, stream)
     )
-    assert p_value(fake_clock, False, SEEDS // 4) < FALSE_ALARM
+    assert p_value(fake_clock, False, SEEDS // 4, rule) < FALSE_ALARM

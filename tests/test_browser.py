@@ -1,4 +1,4 @@
-"""The app in a real browser: once on the embedded model, once on a fake pair that says what a test needs it to say.
+"""The app in a real browser: once on the embedded model, once on a fake source that says what a test needs it to say.
 
 Needs Chromium (its path in CHROMIUM, else the usual ones) and the package playwright; skipped without.
 """
@@ -12,13 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ui_fakes import FakePair, FakeRace, fake_load
+from ui_fakes import FakeSource, fake_load
 
-from spec_decode.events import Trace
+from spec_decode.events import BASELINE, Promises, Trace
+from spec_decode.request import Request
+from spec_decode.settings import Settings
+from spec_decode.sources import Source
+from spec_decode.sources.replay import ReplaySource
 from spec_decode.ui.terms import TERMS
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -61,6 +67,15 @@ EARLY = """() => {
   const race = document.querySelector(".sd-race"), badge = race.querySelector('[data-k="identical"]');
   const look = () => { if (!race.querySelector(".sd-speculative .sd-text .t")) window.early.add(badge.textContent); };
   new MutationObserver(look).observe(race, { subtree: true, childList: true, attributes: true });
+}"""
+# how many races have ended, however short they were
+ENDS = """() => {
+  window.ends = 0;
+  const count = (all) => all.forEach((change, i) => {
+    const now = i + 1 < all.length ? all[i + 1].oldValue : document.body.dataset.sdPhase;
+    window.ends += change.oldValue === "running" && now !== "running";
+  });
+  new MutationObserver(count).observe(document.body, { attributeFilter: ["data-sd-phase"], attributeOldValue: true });
 }"""
 FALLS = """() => {
   window.fell = 0;
@@ -125,27 +140,34 @@ def real_app() -> Iterator[str]:
         process.wait(20)
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[str, FakePair]]:
+@contextmanager
+def serving(load: Any) -> Iterator[str]:
+    """The address of a page over the source that `load` returns."""
     from spec_decode.ui import Engine, build, launch_options
 
-    pair = FakePair()
-    engine = Engine(fake_load(pair), FakeRace, ("lookup", "mtp"))
+    engine = Engine(load)
     page = build(engine)
     _, url, _ = page.launch(server_port=free_port(), prevent_thread_lock=True, **launch_options())
     engine.start()
-    yield url, pair
+    yield url
     page.close()
 
 
-@pytest.fixture
-def fake_app(served: tuple[str, FakePair]) -> Any:
-    """A function that lends the page of a fake pair with the given traits: `fake_app(pace=1)` is (address, pair)."""
-    url, pair = served
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[str, FakeSource]]:
+    source = FakeSource()
+    with serving(fake_load(source)) as url:
+        yield url, source
 
-    def lend(**traits: Any) -> tuple[str, FakePair]:
-        vars(pair).update(vars(FakePair(**traits)))
-        return url, pair
+
+@pytest.fixture
+def fake_app(served: tuple[str, FakeSource]) -> Any:
+    """A function that lends the page of a fake source with these traits: `fake_app(pace=1)` is (address, source)."""
+    url, source = served
+
+    def lend(**traits: Any) -> tuple[str, FakeSource]:
+        vars(source).update(vars(FakeSource(**traits)))
+        return url, source
 
     return lend
 
@@ -350,7 +372,7 @@ def test_bad_settings_and_prompts_are_told_where_they_are(browser: Any, fake_app
 
 
 def test_the_second_visitor_waits_and_a_closed_tab_frees_the_device(browser: Any, fake_app: Any) -> None:
-    url, pair = fake_app(pace=1.0)
+    url, source = fake_app(pace=1.0)
     first, second = Visitor(browser, url).ready(), Visitor(browser, url).ready()
     first.run("hello", max_new_tokens=2)
     first.phase("done")
@@ -364,16 +386,16 @@ def test_the_second_visitor_waits_and_a_closed_tab_frees_the_device(browser: Any
     )
     assert "result in about" in second.text("#sd-status")
     assert second.page.eval_on_selector("#sd-status .sd-waits", OPACITY) == 1
-    assert len(pair.races) == 2
+    assert len(source.races) == 2
     first.page.close()
     second.phase("done", 30)
-    assert pair.races[1].stopped and pair.races[1].closed
+    assert source.races[1].stopped and source.races[1].closed
     assert second.errors == []
     second.page.close()
 
 
 def test_leaving_the_queue(browser: Any, fake_app: Any) -> None:
-    url, pair = fake_app(pace=1.0)
+    url, source = fake_app(pace=1.0)
     first, second = Visitor(browser, url).ready(), Visitor(browser, url).ready()
     first.run("hello", max_new_tokens=400)
     first.phase("running")
@@ -384,19 +406,19 @@ def test_leaving_the_queue(browser: Any, fake_app: Any) -> None:
     first.page.click("#sd-stop")
     first.phase("done", 20)
     time.sleep(0.5)
-    assert len(pair.races) == 1
+    assert len(source.races) == 1
     first.page.close()
     second.page.close()
 
 
 def test_out_of_memory_is_told_and_the_app_goes_on(browser: Any, fake_app: Any) -> None:
-    url, pair = fake_app(memory=10)
+    url, source = fake_app(memory=10)
     visitor = Visitor(browser, url).ready()
     visitor.run("hello", max_new_tokens=40)
     visitor.phase("failed")
     assert "out of memory" in visitor.text("#sd-note")
     assert visitor.count(".sd-baseline .sd-text .t") == 10
-    pair.memory = None
+    source.memory = None
     visitor.page.wait_for_selector("#sd-run:not([disabled])")
     visitor.run("hello", max_new_tokens=40)
     visitor.phase("done")
@@ -654,3 +676,85 @@ def test_a_long_prompt_says_how_far_it_is_read_and_stop_works_meanwhile(browser:
     visitor.page.click("#sd-stop")
     visitor.phase("done", 10)
     assert visitor.text('[data-k="baseline.finish"]') == "stopped" and not visitor.errors
+
+
+def recorded(**changes: Any) -> Trace:
+    race = FakeSource().race(Request("a recorded prompt", Settings(max_new_tokens=40, draft_length=4)))
+    list(race)
+    return replace(race.trace, **changes)
+
+
+def replaying(trace: Trace) -> Any:
+    source: Source = ReplaySource(trace, speed=10.0)
+    return serving(lambda _: source)
+
+
+def downloaded(page: Any) -> Trace:
+    page.wait_for_selector("#sd-run:not([disabled])")
+    page.wait_for_selector("#sd-download:not([disabled])")
+    with page.expect_download() as download:
+        page.click("#sd-download")
+    return Trace.from_json(Path(download.value.path()).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_a_recording_is_marked_and_run_plays_it(browser: Any, width: int) -> None:
+    trace = recorded()
+    with replaying(trace) as url:
+        visitor = Visitor(browser, url, width=width).ready()
+        page = visitor.page
+        page.wait_for_function("document.querySelector('#sd-prompt textarea').value === 'a recorded prompt'")
+        assert "Recording." in visitor.text("#sd-status")
+        assert "recorded on a fake machine, 2026-01-31 12:00 UTC" in visitor.text("#sd-status")
+        for hidden in ("#sd-settings", "#sd-examples", "#sd-clear"):
+            assert not page.is_visible(hidden), "what has no effect is not there"
+        assert page.is_disabled("#sd-prompt textarea")
+        page.evaluate(ENDS)
+        for played in (1, 2):
+            page.click("#sd-run")
+            page.wait_for_function("played => window.ends === played", arg=played)
+            assert page.get_attribute(".sd-race", "data-phase") == "done"
+            assert page.eval_on_selector(".sd-baseline .sd-text", SPOKEN) == trace.text(BASELINE)
+            assert "recorded on a fake machine" in visitor.text(".sd-ran")
+            assert visitor.text('[data-k="identical"]') == "✓ identical"
+            assert downloaded(page) == trace
+        page.wait_for_selector('[data-plot="model"][data-state="drawn"] .main-svg')
+        assert visitor.violations() == [] and visitor.errors == []
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        page.close()
+
+
+def test_the_page_claims_no_more_than_its_source_promises(browser: Any) -> None:
+    whole = recorded()
+    last = whole.lane(BASELINE)[-1]
+    other = replace(last, tokens=(replace(last.tokens[0], id=7, text="!"),))
+    rounds = tuple(other if r is last else r for r in whole.rounds)
+    for promises, state, words in (
+        (Promises(), "differ", ""),
+        (Promises(same_text=False, rejected="nothing"), "free", "does not promise that both lanes write the same text"),
+    ):
+        with replaying(replace(whole, rounds=rounds, promises=promises)) as url:
+            visitor = Visitor(browser, url).ready()
+            visitor.page.click("#sd-run")
+            visitor.phase("done")
+            assert visitor.page.get_attribute('[data-k="identical"]', "data-state") == state
+            assert words in visitor.text('[data-k="why"]') and bool(words) == bool(visitor.text('[data-k="why"]'))
+            assert visitor.page.is_visible(".sd-toggle") == (not words)
+            assert visitor.page.is_visible(".sd-legend .r") == (not words)
+            visitor.page.close()
+
+
+def test_the_downloaded_trace_holds_the_system_prompt_where_it_was_chosen(browser: Any, fake_app: Any) -> None:
+    visitor = Visitor(browser, fake_app()[0]).ready()
+    page = visitor.page
+    page.evaluate(ENDS)
+    page.fill("#sd-system textarea", "Be brief.")
+    for kept in (False, True):
+        page.set_checked("#sd-keep-system input", kept)
+        visitor.run("hello", max_new_tokens=8)
+        page.wait_for_function("races => window.ends === races", arg=1 + kept)
+        trace = downloaded(page)
+        assert trace.request["system"] == ("Be brief." if kept else None)
+        assert trace.omitted == (() if kept else ("system",))
+    assert visitor.errors == []
+    page.close()

@@ -1,4 +1,4 @@
-"""Names of pairs, corrections of names, and the flags that say how to hold one."""
+"""Names of pairs, corrections of names, and the flags for loading a pair."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from spec_decode import catalog, flags, memory
+from spec_decode import flags
 from spec_decode.__main__ import main
 from spec_decode.errors import SettingsError, UserError
-from spec_decode.listing import listing
+from spec_decode.loading import catalog, memory
+from spec_decode.loading.listing import listing
 
 
 @pytest.mark.parametrize("name", ["gemma-4-E4B", "GEMMA-4-e4b", "google/gemma-4-E4B-it", "gemma-4-e4b-it-assistant"])
@@ -66,12 +67,12 @@ def test_quantization(text: str | None, chosen: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("text", ["int3", "both=nf4", "target=", "nf4,target=int8", "=nf4"])
-def test_what_is_no_quantization(text: str) -> None:
+def test_a_wrong_quantization_is_refused(text: str) -> None:
     with pytest.raises(SettingsError, match="Cannot quantize"):
         catalog.quantization(text)
 
 
-def test_attention_that_reads_no_mask_is_refused() -> None:
+def test_attention_that_takes_no_mask_is_refused() -> None:
     assert [catalog.attention(name) for name in (None, "auto", "sdpa", "eager")] == [None, None, "sdpa", "eager"]
     for name in ("flash_attention_2", "kernels-community/flash-attn3"):
         with pytest.raises(SettingsError, match="takes a mask"):
@@ -89,11 +90,12 @@ def read(*words: str) -> dict[str, Any]:
 def test_flags_become_the_arguments_of_load_pair() -> None:
     import inspect
 
-    from spec_decode.models import load_pair
+    from spec_decode.loading.pair import load_pair
 
     plain = read()
     assert (plain["target"], plain["drafter"]) == ("embedded", None)
-    assert set(plain) == set(inspect.signature(load_pair).parameters) - {"progress"}
+    named = set(inspect.signature(load_pair).parameters) - {"progress", "options"}
+    assert set(plain) == named | set(catalog.Options.__annotations__)
     chosen = read("--pair", "gemma-4-e2b", "--quantize", "nf4", "--drafter-device", "cpu", "--target-revision", "abc")
     assert chosen["target"] == "google/gemma-4-E2B-it" and chosen["drafter"] == "google/gemma-4-E2B-it-assistant"
     assert (chosen["quantize"], chosen["drafter_device"], chosen["target_revision"]) == ("nf4", "cpu", "abc")
@@ -162,7 +164,7 @@ def test_models_prints_every_pair_and_what_fits(capsys: pytest.CaptureFixture[st
 
 
 def test_the_readme_and_the_container_pin_torch_as_the_requirements_do() -> None:
-    """Else the CPU build that is installed first is replaced by one with CUDA."""
+    """Otherwise the CPU build that is installed first is replaced by a CUDA build."""
     root = Path(__file__).parents[1]
     (torch_line,) = [line for line in (root / "requirements.txt").read_text().splitlines() if line.startswith("torch")]
     (advised,) = re.findall(r'^pip install "?(torch[^"\s]*)"? --index-url', (root / "README.md").read_text(), re.M)

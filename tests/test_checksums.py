@@ -1,4 +1,4 @@
-"""Drafter weights that are not what the sums beside them say are refused in a sentence."""
+"""Drafter weights that differ from the SHA-256 sums beside them are refused in one sentence."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import pytest
 import tiny
 import torch
 
-from spec_decode import checkpoints, models
 from spec_decode.errors import ModelError
+from spec_decode.loading import checkpoints
+from spec_decode.loading.drafter import SHIPPED
 from spec_decode.training.assistant import Learner, Shape, save
 
 CPU = torch.device("cpu")
 
 
 def flip(weights: Path) -> None:
-    """One bit, in the middle of a matrix."""
+    """Inverts one bit in the middle of a matrix."""
     with weights.open("r+b") as file:
         file.seek(weights.stat().st_size // 2)
         byte = file.read(1)[0]
@@ -28,9 +29,9 @@ def flip(weights: Path) -> None:
 
 
 def check(folder: Path) -> None:
-    """Whole, it loads; damaged, one sentence names the file."""
+    """It loads intact; damaged, the error names the file in one sentence."""
     weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
+    intact = weights.read_bytes()
     checkpoints.load_assistant(str(folder), CPU, "float32")
     harms: list[Callable[[Path], None]] = [
         flip,
@@ -42,7 +43,7 @@ def check(folder: Path) -> None:
         with pytest.raises(ModelError, match=r"model\.safetensors is damaged or was not fetched whole") as caught:
             checkpoints.load_assistant(str(folder), CPU, "float32")
         assert "\n" not in str(caught.value)
-        weights.write_bytes(whole)
+        weights.write_bytes(intact)
     weights.unlink()
     with pytest.raises(ModelError, match=r"SHA256SUMS cannot be compared: .*model\.safetensors") as caught:
         checkpoints.load_assistant(str(folder), CPU, "float32")
@@ -51,7 +52,7 @@ def check(folder: Path) -> None:
 
 def test_the_drafter_that_is_shipped(tmp_path: Path) -> None:
     folder = tmp_path / "drafter"
-    shutil.copytree(models.SHIPPED, folder)
+    shutil.copytree(SHIPPED, folder)
     check(folder)
 
 
@@ -64,7 +65,7 @@ def test_a_drafter_that_was_trained_here(tmp_path: Path) -> None:
 def test_sums_that_cannot_be_read(tmp_path: Path) -> None:
     for sums in (b"\xff\xfe", b"no sum at all\n"):
         folder = tmp_path / "drafter"
-        shutil.copytree(models.SHIPPED, folder, dirs_exist_ok=True)
+        shutil.copytree(SHIPPED, folder, dirs_exist_ok=True)
         (folder / "SHA256SUMS").write_bytes(sums)
         with pytest.raises(ModelError, match="SHA256SUMS cannot be compared"):
             checkpoints.load_assistant(str(folder), CPU, "float32")
@@ -72,6 +73,6 @@ def test_sums_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_sums_loads(tmp_path: Path) -> None:
     folder = tmp_path / "drafter"
-    shutil.copytree(models.SHIPPED, folder)
+    shutil.copytree(SHIPPED, folder)
     (folder / "SHA256SUMS").unlink()
     checkpoints.load_assistant(str(folder), CPU, "float32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 
 from spec_decode import decode
-from spec_decode.draft_length import Fixed, GoOn
+from spec_decode.draft_length import EarlyStop, Fixed
 from spec_decode.drafters import Draft
 from spec_decode.drafters.model import ModelDrafter
 from spec_decode.errors import UserError
 from spec_decode.events import Round
-from spec_decode.sampling import distribution
+from spec_decode.noise import DRAFT, exponential
+from spec_decode.sampling import TOP, distribution, exponential_argmax, likeliest
 from spec_decode.settings import Settings
+from spec_decode.state import State
 from spec_decode.target import Pass
 from spec_decode.text import TextStream
 
@@ -58,16 +61,16 @@ class Model:
         return Cache()
 
     def prefill(self, tokens: Tensor, cache: Cache, hidden: bool = False) -> Pass:
-        return Pass(self.verify(tokens, cache).logits[-1:], None, cache)  # type: ignore[arg-type]
+        return Pass(self.verify(tokens, cache).logits[..., -1:, :], None, cache)  # type: ignore[arg-type]
 
     def read(self, tokens: Tensor, cache: Cache, hidden: bool = False) -> Iterator[Pass]:
         yield self.prefill(tokens, cache)
 
     def verify(self, tokens: Tensor, cache: Cache, hidden: bool = False) -> Pass:
         start = cache.length
-        cache.ids += tokens.tolist()
-        rows = [self.says(cache.ids[: i + 1]) for i in range(start, cache.length)]
-        return Pass(torch.stack(rows), None, cache)  # type: ignore[arg-type]
+        cache.ids += tokens.view(-1).tolist()
+        logits = torch.stack([self.says(cache.ids[: i + 1]) for i in range(start, cache.length)])
+        return Pass(logits.view(*tokens.shape, -1), None, cache)  # type: ignore[arg-type]
 
 
 def surely(token: int, vocabulary: int) -> Tensor:
@@ -92,13 +95,14 @@ class Drawing(tiny.ScriptedDrafter):
         super().__init__(None)
         self.q, self.generator = q, torch.Generator().manual_seed(1)
 
-    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
+    def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
         ids, last = [], self.tokens[-1]
         for _ in range(length):
             last = int(torch.multinomial(self.q[last], 1, generator=self.generator))
             ids.append(last)
         before = torch.tensor([self.tokens[-1], *ids[:-1]])
-        return Draft(torch.tensor(ids), self.q[before], self.q[before, torch.tensor(ids)])
+        q = self.q[before][None]
+        return Draft(torch.tensor([ids]), q, self.q[before, torch.tensor(ids)][None], top=likeliest(q, TOP))
 
 
 @pytest.mark.parametrize("rule", ["greedy", "coupled", "rejection", "threshold"])
@@ -159,23 +163,26 @@ def test_the_lossy_rule_tells_what_it_let_through() -> None:
 
 @pytest.mark.parametrize("rule", ["greedy", "coupled", "rejection"])
 def test_a_draft_model_tells_what_it_drew_from(rule: str) -> None:
-    """q is its distribution after the settings, the confidence its probability of the id; a vocabulary smaller than
-    the target's has nothing to say of the tokens beyond."""
+    """q is its distribution after the settings, the confidence its probability of the id, drawn with the target's noise
+    or that of the round; a vocabulary smaller than the target's has nothing to say of the tokens beyond."""
     logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(3))
-    settings = Settings(temperature=0.0 if rule == "greedy" else 0.6, rule=rule)
+    settings = Settings(temperature=0.0 if rule == "greedy" else 0.6, rule=rule, seed=0)
     drafter = ModelDrafter(Model(lambda text: logits[text[-1]]), "small", 5)  # type: ignore[arg-type]
     drafter.start([0, 1], settings, 50)
-    made = drafter.draft(16)
-    before = torch.tensor([1, *made.ids[:-1].tolist()])
+    made = drafter.draft(tiny.state([0, 1]), 16)
+    before = torch.tensor([1, *tiny.ids(made)[:-1]])
     q = logits.softmax(-1) if rule == "greedy" else distribution(logits, settings)
     assert made.confidence is not None
-    torch.testing.assert_close(made.confidence, q[before, made.ids])
+    torch.testing.assert_close(made.confidence, q[before, made.ids[0]][None])
     if rule == "greedy":
-        assert made.ids.tolist() == logits.argmax(-1)[before].tolist()
-        assert made.probabilities is None
+        assert tiny.ids(made) == logits.argmax(-1)[before].tolist()
+        assert made.q is None
     else:
-        assert made.probabilities is not None
-        torch.testing.assert_close(made.probabilities, torch.nn.functional.pad(q[before], (0, 2)))
+        assert made.q is not None
+        torch.testing.assert_close(made.q, torch.nn.functional.pad(q[before], (0, 2))[None])
+        places = torch.arange(2, 18)
+        noise = exponential(0, places, 5) if rule == "coupled" else exponential(0, places, 5, DRAFT, places[:1])
+        assert torch.equal(made.ids[0], exponential_argmax(made.q[0], noise))
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2, 3])
@@ -259,9 +266,9 @@ def test_seconds_are_of_the_work_they_are_named_after(monkeypatch: pytest.Monkey
             return super().verify(tokens, cache)
 
     class SlowDrafter(tiny.ScriptedDrafter):
-        def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
+        def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
             spend(3.0)
-            return super().draft(length)
+            return super().draft_on_host(state, length, stop)
 
     class Alternating(Fixed):
         def choose(self) -> int:
@@ -291,7 +298,7 @@ def test_the_controller_is_told_every_round_but_the_prefill() -> None:
     """Once each, as it was yielded, and before it chooses again; what it says of going on reaches the drafter."""
 
     class Watching(Fixed):
-        go_on = GoOn([0.0], [0.5])
+        early_stop = EarlyStop([0.0], [0.5])
 
         def __init__(self) -> None:
             super().__init__(2)
@@ -301,17 +308,18 @@ def test_the_controller_is_told_every_round_but_the_prefill() -> None:
             self.seen.append("choose")
             return super().choose()
 
-        def observe(self, round: Round) -> None:
-            self.seen.append(round)
+        def observe(self, round: Round, stopped_early: bool | None = None) -> None:
+            self.seen += [round, stopped_early]
 
     class Asking(tiny.ScriptedDrafter):
-        def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
-            assert go_on is Watching.go_on and length <= 2
-            return super().draft(length)
+        def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
+            assert stop is Watching.early_stop and length <= 2
+            return replace(super().draft_on_host(state, length, stop), stopped_early=length == 1)
 
     lengths = Watching()
     drafter = Asking(lambda tokens, n: [(tokens[-1] + 1) % 8] * n)
     target = Model(lambda text: surely((text[-1] + 1) % 8, 8))
     rounds = list(speak(target, drafter, lengths, [0], Settings(max_new_tokens=7)))
     assert len(rounds) > 3
-    assert lengths.seen == [x for r in rounds[1:] for x in ("choose", r)]
+    said = [(r, None if r.draft_length == 0 else r.draft_length == 1) for r in rounds[1:]]
+    assert lengths.seen == [x for r, stopped in said for x in ("choose", r, stopped)]

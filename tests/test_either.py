@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from spec_decode import decode
-from spec_decode.draft_length import Adaptive, Fixed, GoOn
+from spec_decode.draft_length import Adaptive, EarlyStop, Fixed
 from spec_decode.drafters.either import EitherDrafter
 from spec_decode.drafters.lookup import LookupDrafter
 from spec_decode.drafters.mtp import MTPDrafter
@@ -35,26 +35,26 @@ def started() -> EitherDrafter:
 
 def test_a_match_drafts_where_the_text_repeats_itself() -> None:
     either = started()
-    assert either.draft(3).ids.tolist() == [5, 6, 7]
-    either.extend([5, 6, 40], None)  # type: ignore[arg-type]
-    assert either.draft(3).ids.tolist() == [ALWAYS] * 3, "nothing like it was seen before"
+    assert tiny.ids(tiny.drafted(either, 3)) == [5, 6, 7]
+    either.extend([5, 6, 40])
+    assert tiny.ids(tiny.drafted(either, 3)) == [ALWAYS] * 3, "nothing like it was seen before"
 
 
 def test_matches_that_are_wrong_lose_their_turn_and_win_it_back() -> None:
     either = started()
     rounds = 0
-    while either.draft(1).ids.tolist() != [ALWAYS]:
+    while tiny.ids(tiny.drafted(either, 1)) != [ALWAYS]:
         # A long match, and the text goes elsewhere every time
-        either.extend([41 + rounds], None)  # type: ignore[arg-type]
-        either.lookup.extend([5, 6, 7, 8], None)  # type: ignore[arg-type]
+        either.extend([41 + rounds])
+        either.lookup.extend([5, 6, 7, 8])
         rounds += 1
         assert rounds < 20
     before = either.rate(4)
     for _ in range(20):  # not asked, and right all the same
         size, continuation = either.lookup.match(1)
         assert size == 4
-        either.extend(continuation, None)  # type: ignore[arg-type]
-        if either.draft(1).ids.tolist() != [ALWAYS]:
+        either.extend(continuation)
+        if tiny.ids(tiny.drafted(either, 1)) != [ALWAYS]:
             break
     else:
         pytest.fail("lookup never got its turn back")
@@ -66,46 +66,48 @@ def test_each_is_judged_by_its_own_drafts() -> None:
     either = started()
     at_first = either.rate("other")
     for _ in range(10):
-        continuation = either.draft(3).ids.tolist()
+        continuation = tiny.ids(tiny.drafted(either, 3))
         assert continuation[0] in PROMPT
-        either.extend(continuation, None)  # type: ignore[arg-type]
+        either.extend(continuation)
     assert either.rate("other") == at_first
     assert either.rate(4) > 0.8
     looked_up = {size: either.rate(size) for size in (2, 3, 4)}
     for token in range(50, 60):
-        either.extend([token], None)  # type: ignore[arg-type]
-        assert either.draft(3).ids.tolist() == [ALWAYS] * 3, "nothing like it was seen before"
+        either.extend([token])
+        assert tiny.ids(tiny.drafted(either, 3)) == [ALWAYS] * 3, "nothing like it was seen before"
         assert either.rate("other") <= at_first
     assert either.rate("other") < 0.3, "ten rounds of the other, none of them right"
     assert either.rate(3) == looked_up[3] and either.rate(2) == looked_up[2]
-    either.draft(3)
-    either.extend([5, 6, 7, 8], None)  # type: ignore[arg-type]
+    tiny.drafted(either, 3)
+    either.extend([5, 6, 7, 8])
     then = either.rate("other")
-    assert either.draft(3).ids.tolist() == [9, 10, 50], "looked up again: what followed the latest match"
-    either.extend([9, 10, 11, 12], None)  # type: ignore[arg-type]
+    assert tiny.ids(tiny.drafted(either, 3)) == [9, 10, 50], "looked up again: what followed the latest match"
+    either.extend([9, 10, 11, 12])
     assert either.rate("other") == then
 
 
-def test_how_long_a_match_holds_is_learnt_from_where_it_first_fails() -> None:
+def test_how_long_a_match_holds_is_estimated_from_where_it_first_fails() -> None:
     """A match that was wrong at its second token says nothing of its third."""
     either = started()
     before = either.rate("going on")
-    either.extend([5, 40, 7, 8], None)  # type: ignore[arg-type]
+    either.extend([5, 40, 7, 8])
     once = either.rate("going on")
     assert once < before
     either = started()
-    either.extend([5, 40], None)  # type: ignore[arg-type]
+    either.extend([5, 40])
     assert either.rate("going on") == once
     either = started()
-    either.extend([40, 6, 7], None)  # type: ignore[arg-type]
+    either.extend([40, 6, 7])
     assert either.rate("going on") == before
 
 
 def test_a_match_is_followed_as_far_as_the_controller_says() -> None:
     either = started()
-    assert either.draft(6, GoOn([0.9], [0.0, 0.9, 0.0, 0.0])).ids.tolist() == [5], "0.9 is not above 0.9"
-    assert either.draft(6, GoOn([0.9], [0.0, 0.8, 0.8, 0.8])).ids.tolist() == [5, 6, 7]
-    assert either.draft(6, GoOn.always()).ids.tolist() == either.draft(6).ids.tolist() == [5, 6, 7, 8, 9, 10]
+    assert tiny.ids(tiny.drafted(either, 6, EarlyStop([0.9], [0.0, 0.9, 0.0, 0.0]))) == [5], "0.9 is not above 0.9"
+    assert tiny.ids(tiny.drafted(either, 6, EarlyStop([0.9], [0.0, 0.8, 0.8, 0.8]))) == [5, 6, 7]
+    assert (
+        tiny.ids(tiny.drafted(either, 6, EarlyStop.never())) == tiny.ids(tiny.drafted(either, 6)) == [5, 6, 7, 8, 9, 10]
+    )
 
 
 @pytest.mark.parametrize("rule", ["greedy", "coupled"])
@@ -130,3 +132,10 @@ def test_both_lanes_say_the_same(rule: str) -> None:
             sources |= {r.tokens[0].q is None for r in rounds if r.drafted}
             assert ids(iter(rounds)) == baseline
     assert sources == {True, False}, "both of them drafted"
+
+
+def test_costs_are_measured_of_the_drafter_that_has_some() -> None:
+    """A match is free, so a combination costs what its other drafter does."""
+    other = tiny.ScriptedDrafter(lambda tokens, n: [ALWAYS] * n)
+    assert EitherDrafter(EitherDrafter(other, LookupDrafter()), LookupDrafter()).measured is other
+    assert LookupDrafter().measured.name == "lookup"

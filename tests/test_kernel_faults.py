@@ -18,14 +18,13 @@ import numpy as np
 import pytest
 from numba import njit
 
-from spec_decode.kernels import sharing
+from spec_decode import noise_hash
+from spec_decode.cpu.kernels import compiled, sharing
+from spec_decode.cpu.kernels.sharing import team
 
 ROOT = Path(__file__).parents[1]
 SOURCE = """
-try:
-    from spec_decode.kernels.compiled import kernel
-except ImportError:
-    from spec_decode.kernels.sharing import kernel
+from spec_decode.cpu.kernels.compiled import kernel
 
 @kernel
 def thrice(x, out):
@@ -129,25 +128,31 @@ def test_the_place_is_lost_while_it_runs(kept: Kept, monkeypatch: pytest.MonkeyP
     assert kept.use() == 0
 
 
+def test_kept_code_depends_on_every_source_it_was_made_of() -> None:
+    """The hash lies outside the kernels' directory."""
+    assert Path(noise_hash.__file__) in compiled._SOURCES
+    assert {path.name for path in compiled._SOURCES} >= {"rows.py", "floats.py", "products.py", "arguments.py"}
+
+
 def meet() -> None:
     """Returns once two threads are inside a kernel.
 
     Raises threading.BrokenBarrierError where no helper comes.
     """
     barrier = threading.Barrier(2)
-    sharing.together(lambda tickets: barrier.wait(10), 1, most_threads=2)
+    team.run(lambda tickets: barrier.wait(10), 1, threads=2)
 
 
 @njit(nogil=True)
 def both(tickets: Any, fails: Any) -> Any:
-    """Two chunks, one for each of two threads, since nobody is done with one before both are drawn. One may fail."""
+    """Two chunks, one for each of two threads, since neither is done before both are drawn. One may fail."""
     c = sharing.next_chunk(tickets, 0, 2)
     while c >= 0:
         while sharing._look(tickets, 0) < 2:
             pass
         if fails:
             raise ValueError("no memory left")
-        c = sharing.then(tickets, 0, 2)
+        c = sharing.finish_chunk(tickets, 0, 2)
     return 7
 
 
@@ -163,11 +168,11 @@ def test_a_thread_that_fails_holds_up_nobody(who: str) -> None:
             return both(tickets, (threading.current_thread() is caller) == (who == "caller"))
 
         try:
-            seen.append(sharing.together(kernel, 1, most_threads=2))
+            seen.append(team.run(kernel, 1, threads=2))
         except ValueError as error:
             seen.append(str(error))
 
-    both(np.full(sharing.PLACES, 5), False)  # compiled
+    both(np.full(sharing.TICKETS, 5), False)  # compiled
     calling = threading.Thread(target=call, daemon=True)
     calling.start()
     calling.join(20)
@@ -188,7 +193,7 @@ def test_the_buffers_are_the_callers_own_again_when_it_is_told() -> None:
         out.append("written")
 
     with pytest.raises(ValueError, match="no memory left"):
-        sharing.together(kernel, 1, most_threads=2)
+        team.run(kernel, 1, threads=2)
     assert out == ["written"]
 
 
@@ -214,16 +219,17 @@ def test_a_forked_process_has_helpers_of_its_own() -> None:
         import os, sys, threading, warnings
         warnings.simplefilter("ignore")
         import numpy as np
-        from spec_decode.kernels import argmax, exponential, sharing
+        from spec_decode.cpu.kernels import exponential
+        from spec_decode.cpu.kernels.sharing import team
 
         def meet():
             barrier = threading.Barrier(2)
-            sharing.together(lambda tickets: barrier.wait(10), 1, most_threads=2)
+            team.run(lambda tickets: barrier.wait(10), 1, threads=2)
 
         def noise():
             return exponential(np.arange(6, dtype=np.uint32).reshape(3, 2), np.arange(500, dtype=np.uint32))
 
-        sharing.threads = 2
+        team.threads = 2
         meet()
         before = noise()
         child = os.fork()

@@ -1,4 +1,4 @@
-"""Estimates of memory: exact where they claim to be, and what they advise."""
+"""Estimates of memory: weights and caches are exact, and the alternatives that a shortfall names fit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spec_decode import catalog, memory, quantized
-from spec_decode.checkpoints import How, load_assistant, load_model
 from spec_decode.errors import ModelError
+from spec_decode.loading import catalog, memory, quantized
+from spec_decode.loading.checkpoints import How, load_assistant, load_model
 from spec_decode.target import Target
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -28,8 +28,8 @@ def test_weights_and_caches_are_exact(kind: str) -> None:
     target = Target(model)
     cache = target.new_cache(600)
     target.prefill(torch.arange(1, 30), cache)
-    held = [layer for layer in cache.layers if layer.is_initialized]
-    stored = sum(part.numel() * 4 for layer in held for part in (layer.keys, layer.values))
+    used = [layer for layer in cache.layers if layer.is_initialized]
+    stored = sum(part.numel() * 4 for layer in used for part in (layer.keys, layer.values))
     assert memory.cache_per_token(empty, torch.float32) * cache.capacity == stored
     helper = memory.Part(memory.empty(assistant.config), CPU, torch.bfloat16, caches=False)
     assert helper.need.total == sum(w.numel() * 2 for w in assistant.parameters())
@@ -46,7 +46,7 @@ def test_caches_of_other_families(kind: str) -> None:
 
 
 def stored(model: PreTrainedModel) -> int:
-    """Bytes of a loaded model's weights and scales. What bitsandbytes would pack in the first pass is packed."""
+    """Bytes of a loaded model's weights and scales, with 4-bit weights packed as in the first pass."""
     size = sum(w.numel() * w.element_size() for w in model.parameters())
     for module in model.modules():
         weight: Any = getattr(module, "weight", None)
@@ -64,12 +64,12 @@ def stored(model: PreTrainedModel) -> int:
 @pytest.mark.parametrize("kind", ["shared", "moe"])
 @pytest.mark.parametrize("precision", catalog.PRECISIONS)
 def test_quantized_weights_are_exact(kind: str, precision: str, tmp_path: Path, packed: bool) -> None:
-    """Against bitsandbytes, which can pack all that it was given: embeddings, head and experts are left as they are."""
+    """Compared with bitsandbytes, for shapes that it can pack. Embeddings, head and experts are not quantized."""
     pair = tiny.gemma4(kind, hidden_size=64, intermediate_size=256, ordered=kind == "moe")
     for model in pair:
         model.save_pretrained(tmp_path / type(model).__name__)
         if model is pair[1] and packed and precision == "nf4":
-            continue  # nothing of it can be held so: see test_models
+            continue  # none of its layers can be packed: see test_models
         load = load_assistant if model is pair[1] else load_model
         loaded = load(str(tmp_path / type(model).__name__), CPU, "float32", How(precision=precision))
         size = stored(loaded)
@@ -109,7 +109,7 @@ def helper() -> memory.Part:
         ("gemma-4-E2B", 2, "nothing of this kind would fit"),
     ],
 )
-def test_a_shortfall_says_by_how_much_and_what_would_fit(
+def test_a_shortfall_states_its_size_and_an_alternative_that_fits(
     name: str, room: float, advice: str, helper: memory.Part
 ) -> None:
     target = part(name)
@@ -121,15 +121,15 @@ def test_a_shortfall_says_by_how_much_and_what_would_fit(
     assert f"needs about {needed / 1e9:.1f} GB" in sentence and f"{needed / 1e9 - room:.1f} GB too few" in sentence
 
 
-def test_what_fits_passes_and_what_is_advised_fits() -> None:
+def test_a_pair_that_fits_exactly_passes() -> None:
     target = part("gemma-4-31B", "nf4")
     memory.check("x", target, None, lambda _: target.need.total)
     with pytest.raises(ModelError):
         memory.check("x", target, None, lambda _: target.need.total - 1)
 
 
-def test_a_drafter_elsewhere_counts_there() -> None:
-    """One byte too few for both on the GPU, so the drafter is advised to go to the CPU."""
+def test_a_drafter_on_another_device_counts_there() -> None:
+    """One byte too few for both on the GPU, so the message advises to put the drafter on the CPU."""
     target, drafter = part("gemma-4-E2B"), part("gemma-4-E2B")
     both = target.need.total + drafter.need.total
     with pytest.raises(ModelError, match="--drafter-device cpu would fit"):

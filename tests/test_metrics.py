@@ -34,7 +34,8 @@ def make(lane: str, pattern: list[tuple[int, int]], pace: float, prefill: float 
 
 
 def race(baseline: list[Round], speculative: list[Round], costs: Costs | None = None) -> Trace:
-    return Trace({"target": "t"}, {"seed": 1}, {"cpu": "x"}, "p", 4, (*baseline, *speculative), costs=costs)
+    request = {"prompt": "p", "settings": {"seed": 1}}
+    return Trace(request, {"target": "t"}, {"cpu": "x"}, 4, (*baseline, *speculative), costs=costs)
 
 
 # drafted, accepted: 13 of 20 accepted in 6 rounds, two of them without a full draft.

@@ -1,4 +1,4 @@
-"""Loading pairs: from a hub and offline, quantized, pinned, spread, thinking, and when something is missing."""
+"""Loading pairs: from a hub and offline, quantized, at a revision, over several GPUs, and what is refused."""
 
 from __future__ import annotations
 
@@ -33,16 +33,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from spec_decode import memory, models
-from spec_decode.checkpoints import How, load_assistant, load_model, read_config
-from spec_decode.draft_length import GoOn
+from spec_decode.draft_length import EarlyStop
 from spec_decode.drafters import Draft
 from spec_decode.drafters.lookup import LookupDrafter
 from spec_decode.drafters.mtp import MTPDrafter
 from spec_decode.errors import ModelError, OutOfMemory, SettingsError, UserError
 from spec_decode.events import SPECULATIVE
-from spec_decode.race import Race
+from spec_decode.loading import checkpoints, checksums, embedded, measure, memory
+from spec_decode.loading import pair as models
+from spec_decode.loading.checkpoints import How, load_assistant, load_model, read_config
+from spec_decode.loading.drafter import SHIPPED
+from spec_decode.request import Request
 from spec_decode.settings import Settings
+from spec_decode.sources.local import LocalSource, Race
+from spec_decode.state import State
 from spec_decode.target import Target
 from spec_decode.text import encode_chat
 
@@ -62,13 +66,13 @@ def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
 
 
 def multimodal(text: PreTrainedModel) -> PreTrainedModel:
-    """A Gemma 4 as Google ships it: the text model within one that sees and hears."""
+    """A Gemma 4 in the format of Google's checkpoints: the text model inside a multimodal one."""
     if text.config.model_type == "gemma4_unified_text":
         whole: Any = Gemma4UnifiedForConditionalGeneration(Gemma4UnifiedConfig(text_config=text.config))
     else:
-        sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        sight |= {"num_key_value_heads": 2, "head_dim": 8}
-        whole = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text.config, vision_config=sight))
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision |= {"num_key_value_heads": 2, "head_dim": 8}
+        whole = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text.config, vision_config=vision))
     whole.model.language_model.load_state_dict(text.model.state_dict())  # type: ignore[union-attr]
     whole.tie_weights()
     return whole
@@ -93,7 +97,7 @@ def pair_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wide_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pair whose target has layers that bitsandbytes can pack and layers that it cannot."""
+    """A pair whose target has both layers that bitsandbytes can pack and layers that it cannot."""
     home = tmp_path_factory.mktemp("wide")
     for name, model in zip(("target", "assistant"), tiny.gemma4("shared", hidden_size=64), strict=True):
         model.save_pretrained(home / name)
@@ -105,7 +109,7 @@ def load(home: Path, **options: Any) -> models.Pair:
     return models.load_pair(str(home / "target"), str(home / "assistant"), **{"device": "cpu", **options})
 
 
-# What Google ships
+# Checkpoints
 
 
 @pytest.mark.parametrize("kind", ["shared", "moe", "unified"])
@@ -126,7 +130,7 @@ def test_a_pair_is_loaded_and_raced(pair_dir: Path) -> None:
     assert pair.draft_length == 3 and any("draft length of 3" in line for line in lines)
     assert pair.target.eos == {5, 7}
     for settings in (Settings(max_new_tokens=20), Settings(max_new_tokens=20, temperature=1, rule="coupled")):
-        race = Race(pair, PROMPT, settings)
+        race = Race(pair, Request(PROMPT, settings))
         list(race)
         assert race.trace.identical
         ids = race.trace.token_ids(SPECULATIVE)
@@ -139,19 +143,19 @@ def test_a_pair_is_loaded_and_raced(pair_dir: Path) -> None:
 def test_any_of_the_end_of_turn_ids_ends_a_text(pair_dir: Path) -> None:
     pair = load(pair_dir)
     pair.target.eos = frozenset()
-    free = Race(pair, PROMPT, Settings(max_new_tokens=12))
+    free = Race(pair, Request(PROMPT, Settings(max_new_tokens=12)))
     list(free)
     ids = free.trace.token_ids(SPECULATIVE)
     for end in ids[1:8:3]:
         pair.target.eos = frozenset({end, 10**6})
-        race = Race(pair, PROMPT, Settings(max_new_tokens=12))
+        race = Race(pair, Request(PROMPT, Settings(max_new_tokens=12)))
         list(race)
         assert race.trace.token_ids(SPECULATIVE) == ids[: ids.index(end) + 1]
         assert set(race.trace.finish.values()) == {"stop"}
 
 
 def test_an_incomplete_checkpoint_is_refused(pair_dir: Path, tmp_path: Path) -> None:
-    """transformers would fill the gap with random numbers."""
+    """transformers would initialize the missing weights at random."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(pair_dir / "target", tmp_path / "target")
@@ -179,8 +183,8 @@ def test_a_missing_file_is_one_sentence(pair_dir: Path, tmp_path: Path) -> None:
             damage(home / broken)
             with pytest.raises(ModelError) as caught:
                 models.load_pair(str(home), "lookup", device="cpu")
-            told = str(caught.value)
-            assert told.startswith(f"{home} {sentence}") and "\n" not in told and told.endswith(".")
+            message = str(caught.value)
+            assert message.startswith(f"{home} {sentence}") and "\n" not in message and message.endswith(".")
     with pytest.raises(ModelError, match=r"^There is no directory '.*nowhere' on this disk\.$"):
         models.load_pair(str(tmp_path / "nowhere"), device="cpu")
 
@@ -202,12 +206,55 @@ def test_an_assistant_of_another_target_is_refused(pair_dir: Path, tmp_path: Pat
         models.load_pair(str(pair_dir / "target"), str(tmp_path), device="cpu")
 
 
+# Revisions
+
+
+def test_revisions_of_local_directories(pair_dir: Path, tmp_path: Path) -> None:
+    """A sum is given only where it was compared with the file."""
+    pair = load(pair_dir)
+    unknown = {"revision": None, "sha256": None}
+    assert pair.revisions == {
+        "target": {"id": str(pair_dir / "target"), **unknown},
+        "drafter": {"id": str(pair_dir / "assistant"), **unknown},
+    }
+    shutil.copytree(pair_dir / "assistant", tmp_path / "assistant")
+    checksums.write(tmp_path / "assistant")
+    pair.use_drafter(str(tmp_path / "assistant"))
+    weights = (tmp_path / "assistant" / "model.safetensors").read_bytes()
+    assert pair.revisions["drafter"] == {
+        "id": str(tmp_path / "assistant"),
+        "revision": None,
+        "sha256": {"model.safetensors": hashlib.sha256(weights).hexdigest()},
+    }
+    pair.use_drafter("lookup")
+    assert pair.revisions["drafter"] == {"id": "lookup", **unknown}
+    shutil.copytree(pair_dir / "target", tmp_path / "target")
+    checksums.write(tmp_path / "target")  # which nothing compares for a target
+    assert load(tmp_path).revisions["target"]["sha256"] is None
+    named = load(pair_dir, target_revision="v2", drafter_revision="v3").revisions
+    assert (named["target"]["revision"], named["drafter"]["revision"]) == ("v2", "v3")
+
+
+def test_revisions_of_the_embedded_pair(embedded_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("measure_costs", "choose_chunks", "choose_threads"):
+        monkeypatch.setattr(models, name, lambda *_: None)
+    found = models.load_pair(device="cpu", dtype="float32").revisions
+    sums = {
+        role: {"model.safetensors": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()}
+        for role, folder in (("target", embedded_dir), ("drafter", SHIPPED))
+    }
+    assert found["drafter"] == {"id": "mtp", "revision": None, "sha256": sums["drafter"]}
+    from_hub = sums["target"]["model.safetensors"] == embedded.HUB_WEIGHTS_SHA256
+    revision = embedded.HUB_REVISION if from_hub else embedded.REQUIREMENT
+    assert found["target"] == {"id": embedded.NAME, "revision": revision, "sha256": sums["target"]}
+
+
 def test_mtp_is_refused_where_there_is_none(pair_dir: Path) -> None:
     with pytest.raises(ModelError, match="no MTP drafter"):
         models.load_pair(str(pair_dir / "target"), "mtp", device="cpu")
 
 
-# How it is held
+# Precision and placement
 
 
 @pytest.mark.parametrize(
@@ -228,18 +275,18 @@ def test_bitsandbytes(
     assert type(pair.drafter.model.pre_projection).__name__ == drafter_class  # type: ignore[attr-defined]
     assert pair.info["dtype"] == dtype
     assert any("slowly" in line for line in lines)
-    race = Race(pair, PROMPT, Settings(max_new_tokens=8))
+    race = Race(pair, Request(PROMPT, Settings(max_new_tokens=8)))
     list(race)
     assert len(race.trace.token_ids(SPECULATIVE)) in range(1, 9)
     narrow = packed and target_class == "Linear4bit"  # 16 outputs of k_proj: no multiple of 32
     assert type(layer.self_attn.k_proj).__name__ == ("Linear" if narrow else target_class)
-    told = [line for line in lines if "cannot hold" in line]
-    assert len(told) == narrow
+    reported = [line for line in lines if "cannot hold" in line]
+    assert len(reported) == narrow
     if narrow:
         left = [name for name, module in pair.target.model.named_modules() if type(module) is torch.nn.Linear]
         left.remove("lm_head")
-        assert f" {len(left)} linear layers of the target in nf4" in told[0] and "stay in float32" in told[0]
-        assert "model.layers.*.self_attn.k_proj (* = 0, 2)" in told[0]
+        assert f" {len(left)} linear layers of the target in nf4" in reported[0] and "stay in float32" in reported[0]
+        assert "model.layers.*.self_attn.k_proj (* = 0, 2)" in reported[0]
 
 
 def test_a_model_none_of_whose_layers_can_be_packed_is_refused(wide_dir: Path, packed: bool) -> None:
@@ -255,7 +302,7 @@ def test_dtype_attention_and_placement_reach_the_models(pair_dir: Path) -> None:
     pair = load(pair_dir, dtype="bfloat16", attention="eager", drafter_device="cpu", device_map="auto")
     for model in (pair.target.model, pair.drafter.model):  # type: ignore[attr-defined]
         assert model.dtype == torch.bfloat16 and model.config.get_text_config()._attn_implementation == "eager"
-    race = Race(pair, PROMPT, Settings(max_new_tokens=8))
+    race = Race(pair, Request(PROMPT, Settings(max_new_tokens=8)))
     list(race)
     assert race.trace.rounds
 
@@ -271,7 +318,9 @@ def test_dtype_attention_and_placement_reach_the_models(pair_dir: Path) -> None:
         ({"drafter_device": "cuda"}, ModelError, "No CUDA device"),
     ],
 )
-def test_what_cannot_be_held_so_is_refused(pair_dir: Path, options: Any, kind: type[Exception], sentence: str) -> None:
+def test_options_that_cannot_be_used_are_refused(
+    pair_dir: Path, options: Any, kind: type[Exception], sentence: str
+) -> None:
     if options.get("drafter_device") == "cuda" and torch.cuda.is_available():
         return
     with pytest.raises(kind, match=sentence) as caught:
@@ -284,8 +333,7 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(pair_dir: Path, monkey
         raise AssertionError("loaded")
 
     pair = load(pair_dir)
-    monkeypatch.setattr(models, "load_model", never)
-    monkeypatch.setattr(models, "load_assistant", never)
+    monkeypatch.setattr(checkpoints, "_from_pretrained", never)
     monkeypatch.setattr(memory, "free_on", lambda *_: 1000)
     with pytest.raises(ModelError, match="too few"):
         load(pair_dir)
@@ -301,7 +349,7 @@ OUT_OF_MEMORY = [
 
 
 def fail_at(call: int, forward: Any, error: Exception, held: list[Any] | None = None) -> Any:
-    """`forward`, but its `call`-th call raises, with a tensor in hand that `held` has a weak reference to."""
+    """`forward`, but its `call`-th call raises while it holds a tensor, to which `held` gets a weak reference."""
     calls = iter(range(10**6))
 
     def failing(*args: Any, **options: Any) -> Any:
@@ -315,59 +363,61 @@ def fail_at(call: int, forward: Any, error: Exception, held: list[Any] | None = 
     return failing
 
 
-def test_memory_that_runs_out_ends_the_race_and_not_the_pair(pair_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_ends_the_race_and_not_the_pair(pair_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = load(pair_dir)
     for error in OUT_OF_MEMORY:
         for model in (pair.drafter.model.model, pair.target.model):  # type: ignore[attr-defined]
             held: list[Any] = []
             with monkeypatch.context() as patch:
                 patch.setattr(model, "forward", fail_at(3, model.forward, error, held))
-                race = Race(pair, PROMPT, Settings(max_new_tokens=20, draft_length=3))
+                race = Race(pair, Request(PROMPT, Settings(max_new_tokens=20, draft_length=3)))
                 with pytest.raises(OutOfMemory, match="out of memory"):
                     list(race)
-            assert held[0]() is None, "what the pass had computed is free although the error is still around"
-            assert "cancelled" in race.trace.finish.values() and pair.drafter.seen is None  # type: ignore[attr-defined]
-            again = Race(pair, PROMPT, Settings(max_new_tokens=20, draft_length=3))
+            assert held[0]() is None, "activations are freed although the exception is still referenced"
+            assert "cancelled" in race.trace.finish.values()
+            again = Race(pair, Request(PROMPT, Settings(max_new_tokens=20, draft_length=3)))
             list(again)
             assert again.trace.identical
 
 
-def test_not_every_error_that_speaks_of_memory_is_a_lack_of_it(pair_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_mentions_memory_need_not_be_out_of_memory(
+    pair_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair, error = load(pair_dir), RuntimeError("CUDA error: an illegal memory access was encountered")
     monkeypatch.setattr(pair.target.model, "forward", fail_at(3, pair.target.model.forward, error))
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        list(Race(pair, PROMPT, Settings(max_new_tokens=20)))
+        list(Race(pair, Request(PROMPT, Settings(max_new_tokens=20))))
 
 
-def test_the_app_goes_on_after_memory_ran_out(pair_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_app_continues_after_out_of_memory(pair_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the engine and the stream of the page: in a race, and while a drafter is loaded."""
-    from spec_decode.ui.engine import Engine
-    from spec_decode.ui.feed import Feed
-    from spec_decode.ui.run import Asked, run
+    from spec_decode.session.device import Engine
+    from spec_decode.session.feed import Feed
+    from spec_decode.session.stream import run
 
     pair = load(pair_dir)
-    engine = Engine(lambda _: pair, Race, ("lookup",), own=str(pair_dir / "assistant"))
+    engine = Engine(lambda _: LocalSource(pair, own=str(pair_dir / "assistant"), drafters=("lookup",)))
     engine.start()
     while engine.status().phase == "loading":
         time.sleep(0.01)
-    asked = Asked("v", PROMPT, Settings(max_new_tokens=20))
+    asked = Request(PROMPT, Settings(max_new_tokens=20))
 
     def finished() -> bool:
-        trace = list(run(engine, asked, Feed()))[-1].trace
+        trace = list(run(engine, "v", asked, Feed()))[-1].trace
         return trace is not None and trace.identical and trace.pair["drafter"] == "assistant"
 
     for error in OUT_OF_MEMORY:
         with monkeypatch.context() as patch:
             patch.setattr(pair.target.model, "forward", fail_at(5, pair.target.model.forward, error))
-            last = list(run(engine, asked, Feed()))[-1]
+            last = list(run(engine, "v", asked, Feed()))[-1]
         assert "out of memory" in str(last.problem) and json.loads(last.batch)["phase"] == "failed"
         assert last.trace is not None and last.trace.rounds, "what came before is kept"
         assert finished()
-    list(run(engine, replace(asked, drafter="lookup"), Feed()))
+    list(run(engine, "v", replace(asked, drafter="lookup"), Feed()))
     with monkeypatch.context() as patch:
         patch.setattr(models, "measure_costs", fail_at(0, models.measure_costs, OUT_OF_MEMORY[0]))
         with pytest.raises(ModelError, match="ran out of memory while it was loaded"):
-            list(run(engine, replace(asked, drafter="assistant"), Feed()))
+            list(run(engine, "v", replace(asked, drafter="assistant"), Feed()))
     assert pair.drafter.name == "lookup"
     assert finished()
 
@@ -388,11 +438,11 @@ def test_thinking_is_switched_where_there_is_a_switch() -> None:
 
 def test_a_race_thinks(pair_dir: Path) -> None:
     pair = load(pair_dir)
-    assert Race(pair, PROMPT, Settings(), thinking=True).ids == [1, *Race(pair, PROMPT, Settings()).ids]
+    assert Race(pair, Request(PROMPT, thinking=True)).ids == [1, *Race(pair, Request(PROMPT)).ids]
 
 
 def test_the_app_offers_the_switch_where_there_is_one(pair_dir: Path, tmp_path: Path) -> None:
-    from spec_decode.ui.engine import Engine
+    from spec_decode.session.device import Engine
 
     shutil.copytree(pair_dir / "target", tmp_path / "target")
     shutil.copytree(pair_dir / "assistant", tmp_path / "assistant")
@@ -400,19 +450,19 @@ def test_the_app_offers_the_switch_where_there_is_one(pair_dir: Path, tmp_path: 
     (tmp_path / "target" / "chat_template.jinja").unlink()
     for home, switch in ((pair_dir, True), (tmp_path, None)):
         pair = load(home)
-        engine = Engine(lambda _, pair=pair: pair, Race, thinking=True)
+        engine = Engine(lambda _, pair=pair: LocalSource(pair), thinking=True)
         engine.start()
         while engine.status().phase == "loading":
             time.sleep(0.01)
         assert engine.status().thinking is switch
     with pytest.raises(UserError, match="no thinking mode"):
-        engine.open("v", PROMPT, Settings(), None, None, False, True)
-    engine = Engine(lambda _: load(pair_dir), Race)
+        engine.open("v", Request(PROMPT, thinking=True))
+    engine = Engine(lambda _: LocalSource(load(pair_dir)))
     engine.start()
     while engine.status().phase == "loading":
         time.sleep(0.01)
     assert engine.status().thinking is False
-    opened = engine.open("v", PROMPT, Settings(max_new_tokens=2), None, None, False, True)
+    opened = engine.open("v", Request(PROMPT, Settings(max_new_tokens=2), thinking=True))
     assert opened.trace.prompt_tokens == len(encode_chat(tokenizer(), PROMPT, thinking=True))
     engine.close("v", opened)
 
@@ -421,7 +471,7 @@ def test_the_app_offers_the_switch_where_there_is_one(pair_dir: Path, tmp_path: 
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hugging Face Hub as its client needs to download two repositories."""
+    """The part of the Hugging Face Hub that its client needs to download two repositories."""
 
     home: Path
     asked: list[str]
@@ -487,16 +537,18 @@ def hub(pair_dir: Path) -> Iterator[tuple[str, list[str]]]:
 
 SCRIPT = """
 import json, sys
-from spec_decode import models
 from spec_decode.errors import ModelError
-from spec_decode.race import Race
+from spec_decode.loading.pair import load_pair
+from spec_decode.request import Request
+from spec_decode.sources.local import Race
 from spec_decode.settings import Settings
 for options in json.loads(sys.argv[1]):
     try:
-        pair = models.load_pair(**{"target": "tiny/target", "drafter": "tiny/assistant", "device": "cpu", **options})
-        race = Race(pair, "w10 w11 w12", Settings(max_new_tokens=6))
+        pair = load_pair(**{"target": "tiny/target", "drafter": "tiny/assistant", "device": "cpu", **options})
+        race = Race(pair, Request("w10 w11 w12", Settings(max_new_tokens=6)))
         list(race)
-        print(json.dumps({**pair.info, "length": pair.draft_length, "identical": race.trace.identical}))
+        found = {"length": pair.draft_length, "identical": race.trace.identical, "revisions": pair.revisions}
+        print(json.dumps({**pair.info, **found}))
     except ModelError as error:
         print(json.dumps(str(error)))
 """
@@ -513,12 +565,19 @@ def elsewhere(home: Path, cases: list[dict[str, Any]], **environment: str) -> li
 
 
 @pytest.mark.slow
-def test_a_pair_comes_from_the_hub_once_and_then_from_the_disk(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+def test_a_pair_comes_from_the_hub_once_and_then_from_the_disk(
+    hub: tuple[str, list[str]], pair_dir: Path, tmp_path: Path
+) -> None:
     address, asked = hub
     pinned = {"target_revision": Hub.old, "drafter_revision": Hub.old}
     first, second, gone = elsewhere(tmp_path, [{}, pinned, {"target_revision": "no-such"}], HF_ENDPOINT=address)
     assert first["target"] == "tiny/target" and first["drafter"] == "assistant" and first["identical"]
     assert (first["length"], second["length"]) == (3, 9)
+    for loaded, commit in ((first, Hub.revision), (second, Hub.old)):
+        for role, name in (("target", "target"), ("drafter", "assistant")):
+            weights = hashlib.sha256((pair_dir / name / "model.safetensors").read_bytes()).hexdigest()
+            wanted = {"id": f"tiny/{name}", "revision": commit, "sha256": {"model.safetensors": weights}}
+            assert loaded["revisions"][role] == wanted
     assert "has no revision 'no-such'" in gone
     repositories = {"/".join(path.replace("/api/models", "").split("/")[1:3]) for path in asked}
     assert repositories == {"tiny/target", "tiny/assistant"}
@@ -537,7 +596,7 @@ def test_what_the_hub_refuses_is_one_sentence(hub: tuple[str, list[str]], tmp_pa
     address, asked = hub
     names = ["tiny/gated", "tiny/nothing", "google/gemma-4-9b-it", "tiny/closed", "tiny/hollow", "tiny/busy"]
     cases = [{"target": name} for name in names] + [{"drafter": "google/gemma-4-2b-it-draft"}]
-    cases += [{who: "tiny/hybrid"} for who in ("target", "drafter")]
+    cases += [{role: "tiny/hybrid"} for role in ("target", "drafter")]
     gated, missing, misnamed, closed, hollow, busy, helper, *hybrid = elsewhere(tmp_path, cases, HF_ENDPOINT=address)
     for sentence in hybrid:
         assert sentence.startswith("tiny/hybrid cannot be used: lfm2 has conv layers, whose state cannot roll back")
@@ -577,33 +636,33 @@ def test_a_head_may_be_left_out_only_where_it_is_the_targets(pair_dir: Path, tmp
     load_assistant(str(tmp_path / "headless"), CPU, "float32")
 
 
-def test_costs_tell_the_first_draft_step_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock that only passes and drafts move."""
+def test_costs_separate_the_first_draft_step_from_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that only passes and drafts advance."""
     now = [0.0]
 
     class Clocked(LookupDrafter):
-        def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
+        def draft_on_host(self, state: State, length: int, stop: EarlyStop | None = None) -> Draft:
             now[0] += 2 + 0.5 * length
-            return Draft(torch.zeros(length, dtype=torch.long))
+            return Draft(torch.zeros(1, length, dtype=torch.long))
 
     target = Target(tiny.model("llama"))
     verify = target.verify
 
     def clocked(tokens: torch.Tensor, cache: Any, hidden: bool = False) -> Any:
-        now[0] += 10 + len(tokens)
+        now[0] += 10 + tokens.shape[-1]
         return verify(tokens, cache, hidden)
 
     monkeypatch.setattr(target, "verify", clocked)
-    monkeypatch.setattr(models, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    costs = models.measure_costs(target, Clocked())
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    costs = measure.measure_costs(target, Clocked())
     assert costs.step_seconds == pytest.approx(11)
     assert costs.verify_ratio == pytest.approx([(11 + g) / 11 for g in range(17)])
     assert costs.draft_ratio == pytest.approx(0.5 / 11) and costs.draft_start == pytest.approx(2 / 11)
     assert costs.round(0) == pytest.approx(1) and costs.round(4) == pytest.approx((15 + 4) / 11)
 
 
-def test_costs_do_not_fall_with_width_and_say_how_far_their_samples_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock on which the machine is three times slower for a while, and 3 tokens look cheaper than 2."""
+def test_costs_do_not_fall_with_width_and_state_their_scatter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock by which the machine is three times slower for a while, and 3 tokens are cheaper than 2."""
     now, passes = [0.0], [0]
 
     target = Target(tiny.model("llama"))
@@ -612,13 +671,13 @@ def test_costs_do_not_fall_with_width_and_say_how_far_their_samples_scatter(monk
 
     def clocked(tokens: torch.Tensor, cache: Any, hidden: bool = False) -> Any:
         passes[0] += 1
-        busy = 3.0 if 40 <= passes[0] < 62 else 1.0  # a bit more than a turn
-        now[0] += busy * costs.get(len(tokens), 12.0 + len(tokens))
+        busy = 3.0 if 40 <= passes[0] < 62 else 1.0  # a bit more than a sweep
+        now[0] += busy * costs.get(tokens.shape[-1], 12.0 + tokens.shape[-1])
         return verify(tokens, cache, hidden)
 
     monkeypatch.setattr(target, "verify", clocked)
-    monkeypatch.setattr(models, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    found = models.measure_costs(target, LookupDrafter(), repeats=7)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    found = measure.measure_costs(target, LookupDrafter(), repeats=7)
     assert found.step_seconds == pytest.approx(10) and found.verify_ratio[0] == 1
     assert found.verify_ratio[1:5] == pytest.approx([1.267, 1.267, 1.3, 1.4], abs=0.04)
     assert list(found.verify_ratio) == sorted(found.verify_ratio)

@@ -12,15 +12,18 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
-from spec_decode import decode, kernels
-from spec_decode.draft_length import Adaptive, Fixed, GoOn, bin_of
+from spec_decode import decode
+from spec_decode.cpu import kernels
+from spec_decode.cpu.kernels.sharing import team
+from spec_decode.draft_length import Adaptive, EarlyStop, Fixed, bin_of
 from spec_decode.drafters import Draft
 from spec_decode.drafters.mtp import MTPDrafter
 from spec_decode.errors import ModelError
-from spec_decode.kernels import sharing
-from spec_decode.sampling import distribution, exponential
+from spec_decode.noise import DRAFT, exponential
+from spec_decode.sampling import distribution
 from spec_decode.settings import Settings
-from spec_decode.target import Pass, Target
+from spec_decode.state import State
+from spec_decode.target import Target
 from spec_decode.text import TextStream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,12 +40,13 @@ class WatchedMTP(MTPDrafter):
         self.sequence = list(prompt)
         self.drafts: list[tuple[list[int], Draft]] = []
 
-    def extend(self, tokens: list[int], target: Pass) -> None:
-        super().extend(tokens, target)
+    def extend(self, tokens: list[int]) -> None:
+        super().extend(tokens)
         self.sequence += tokens
 
-    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
-        made = super().draft(length, go_on)
+    def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft | None:
+        made = super().draft_on_host(state, length, stop)
+        assert made is not None
         self.drafts.append((list(self.sequence), made))
         return made
 
@@ -114,7 +118,7 @@ def test_greedy_drafts_are_those_of_transformers(kind: str, ordered: bool, vocab
         theirs, _ = generator.get_candidates(
             torch.tensor([sequence]), {}, read, is_first_iteration=False, n_last_matches=0
         )
-        ours = draft.ids.tolist()
+        ours = tiny.ids(draft)
         assert theirs[0, len(sequence) :].tolist()[: len(ours)] == ours
         accepted += drafter.sequence[len(sequence) : len(sequence) + 1] == ours[:1]
     assert 0 < accepted < len(drafter.drafts)
@@ -135,10 +139,9 @@ def test_coupled_lanes_are_identical(kind: str, ordered: bool) -> None:
 def test_keys_and_values_are_read_in_place(kind: str) -> None:
     """Of the last layer of each kind that has its own, in the cache's own memory."""
     target, drafter = pair(kind)
-    cache = target.new_cache(len(LONG))
     drafter.start(LONG, Settings(), len(LONG))
-    drafter.extend([1], target.prefill(torch.tensor(LONG), cache, hidden=True))
-    shared = drafter._shared()
+    state = tiny.read(target, LONG, 1)
+    cache, shared = state.cache, drafter._shared(state)
     assert set(shared) == {"sliding_attention", "full_attention"}
     for place, name in ((2, "sliding_attention"), (3, "full_attention")):
         layer = cache.layers[place]
@@ -151,9 +154,9 @@ def test_tokens_outside_the_chosen_centroids_have_no_probability() -> None:
     race(target, drafter, Fixed(3), LONG, Settings(temperature=1.0, rule="rejection", max_new_tokens=12))
     size = tiny.VOCABULARY // 8
     for _, draft in drafter.drafts:
-        assert draft.probabilities is not None
-        assert ((draft.probabilities > 0).sum(-1) == 3 * size).all()
-        torch.testing.assert_close(draft.probabilities.sum(-1), torch.ones(len(draft.ids)))
+        assert draft.q is not None
+        assert ((draft.q > 0).sum(-1) == 3 * size).all()
+        torch.testing.assert_close(draft.q.sum(-1), torch.ones(draft.ids.shape))
 
 
 @pytest.mark.parametrize(("int8", "ordered"), [(False, False), (False, True), (True, False)])
@@ -164,12 +167,26 @@ def test_coupled_drafts_are_drawn_with_the_targets_noise_of_their_positions(int8
     drafter = MTPDrafter(assistant, target, int8=int8)
     for seed in range(3):
         drafter.start(LONG, Settings(temperature=2.0, rule="coupled", seed=seed), len(LONG) + 20)
-        drafter.extend([7], target.prefill(torch.tensor(LONG), target.new_cache(len(LONG) + 20), hidden=True))
-        made = drafter.draft(6)
-        assert made.probabilities is not None
+        made = tiny.drafted(drafter, 6, after=tiny.read(target, LONG, 7))
+        assert made.q is not None
         first = len(LONG) + 1
         noise = exponential(seed, torch.arange(first, first + 6), tiny.VOCABULARY)
-        assert made.ids.tolist() == (made.probabilities / noise).argmax(-1).tolist()
+        assert tiny.ids(made) == (made.q[0] / noise).argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("int8", [False, True])
+def test_drafts_of_independent_rules_are_drawn_with_noise_of_their_round(int8: bool, ordered: bool) -> None:
+    model, assistant = tiny.gemma4("dense", ordered=ordered)
+    target = Target(model)
+    drafter = MTPDrafter(assistant, target, int8=int8)
+    places = torch.arange(len(LONG) + 1, len(LONG) + 7)
+    for seed in range(3):
+        drafter.start(LONG, Settings(temperature=2.0, rule="rejection", seed=seed), len(LONG) + 20)
+        made = tiny.drafted(drafter, 6, after=tiny.read(target, LONG, 7))
+        assert made.q is not None
+        noise = exponential(seed, places, tiny.VOCABULARY, DRAFT, places[:1])
+        assert tiny.ids(made) == (made.q[0] / noise).argmax(-1).tolist()
 
 
 SMALL, TRIALS = 8, 1200
@@ -219,10 +236,10 @@ def test_rejection_of_argmax_drafts_is_not_exact() -> None:
     """The test of the test: drafts that were not drawn from q, judged as if they were, must be found out."""
 
     class Argmax(MTPDrafter):
-        def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
-            drawn = super().draft(length, go_on)
-            assert drawn.probabilities is not None
-            return Draft(drawn.probabilities.argmax(-1), drawn.probabilities)
+        def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
+            drawn = super().draft(state, length)
+            assert drawn.q is not None
+            return Draft(drawn.q.argmax(-1), drawn.q)
 
     model, assistant = tiny.gemma4("dense", vocab_size=SMALL)
     target = Target(model)
@@ -263,39 +280,41 @@ def test_the_int8_step_is_the_assistants_own_forward(ordered: bool, activation: 
             module.weight.data.copy_(torch.from_numpy(rounded))
     target = Target(model)
     fused, plain = MTPDrafter(assistant, target, int8=True), MTPDrafter(assistant, target)
-    cache = target.new_cache(len(LONG) + 8)
-    seen = target.prefill(torch.tensor(LONG), cache, hidden=True)
+    state = tiny.read(target, LONG, 7)
     drafts = []
     for drafter in (fused, plain):
         drafter.start(LONG, Settings(temperature=float(rule != "greedy"), rule=rule), len(LONG) + 8)
-        drafter.extend([7], seen)
-        drafts.append(drafter.draft(4))
-    assert drafts[0].ids.tolist() == drafts[1].ids.tolist()
+        drafts.append(tiny.drafted(drafter, 4, after=state))
+    assert tiny.ids(drafts[0]) == tiny.ids(drafts[1])
+    for draft in drafts:
+        assert draft.top is not None and draft.top[0].shape == draft.top[1].shape == (1, 4, 5)
+        if rule == "greedy":
+            assert draft.top[0][0, :, 0].tolist() == tiny.ids(draft)
+    torch.testing.assert_close(drafts[0].top[1], drafts[1].top[1], rtol=0.05, atol=2e-3)  # type: ignore[index]
     torch.testing.assert_close(drafts[0].confidence, drafts[1].confidence, rtol=0.02, atol=1e-3)
     if rule == "rejection":
-        torch.testing.assert_close(drafts[0].probabilities, drafts[1].probabilities, rtol=0.02, atol=1e-3)
+        torch.testing.assert_close(drafts[0].q, drafts[1].q, rtol=0.02, atol=1e-3)
 
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_draft_ends_behind_the_token_that_go_on_says(int8: bool, temperature: float) -> None:
+def test_a_draft_ends_after_the_token_that_the_early_stop_names(int8: bool, temperature: float) -> None:
     model, assistant = tiny.gemma4("dense", ordered=True)
     target = Target(model)
     drafter = MTPDrafter(assistant, target, int8=int8)
     drafter.start(LONG, Settings(temperature=temperature), len(LONG) + 8)
-    drafter.extend([7], target.prefill(torch.tensor(LONG), target.new_cache(len(LONG) + 8), hidden=True))
-    whole = drafter.draft(5)
-    assert whole.confidence is not None
-    for length in range(1, 5):
-        ended = drafter.draft(5, GoOn([1.0], [0.5] * length + [1.0]))
-        assert ended.ids.tolist() == whole.ids[:length].tolist()
+    state = tiny.read(target, LONG, 7)
+    whole = tiny.drafted(drafter, 5, after=state)
+    assert whole.confidence is not None and whole.stopped_early is None
+    for length in range(1, 6):
+        ended = tiny.drafted(drafter, 5, EarlyStop([1.0], [0.5] * length + [1.0]), state)
+        assert tiny.ids(ended) == tiny.ids(whole)[:length] and ended.stopped_early is (length < 5)
     bins, chances = 64, [1.0] * 64
-    at = bin_of(float(whole.confidence[2]), bins)
+    at = bin_of(float(whole.confidence[0, 2]), bins)
     chances[at] = 0.1
-    expected = next(i for i, sure in enumerate(whole.confidence.tolist(), 1) if bin_of(sure, bins) == at)
-    go_on = GoOn(chances, [0.5])
-    assert drafter.draft(5, go_on).ids.tolist() == whole.ids[:expected].tolist()
-    assert go_on.asked
+    expected = next(i for i, q in enumerate(whole.confidence[0].tolist(), 1) if bin_of(q, bins) == at)
+    ended = tiny.drafted(drafter, 5, EarlyStop(chances, [0.5]), state)
+    assert tiny.ids(ended) == tiny.ids(whole)[:expected] and ended.stopped_early
 
 
 @pytest.mark.parametrize("rule", ["greedy", "coupled"])
@@ -305,16 +324,16 @@ def test_a_draft_is_the_same_however_many_threads_make_it(rule: str, monkeypatch
     target = Target(model)
     drafter = MTPDrafter(assistant, target, int8=True)
     drafter.start(LONG, Settings(temperature=float(rule == "coupled"), rule=rule), len(LONG) + 8)
-    drafter.extend([7], target.prefill(torch.tensor(LONG), target.new_cache(len(LONG) + 8), hidden=True))
-    monkeypatch.setattr(sharing, "threads", 1)
-    alone = drafter.draft(16)
+    state = tiny.read(target, LONG, 7)
+    monkeypatch.setattr(team, "threads", 1)
+    alone = tiny.drafted(drafter, 16, after=state)
     for threads in (2, 3, 7):
-        monkeypatch.setattr(sharing, "threads", threads)
+        monkeypatch.setattr(team, "threads", threads)
         for length in (1, 5, 16) * 5:
-            made = drafter.draft(length)
-            assert torch.equal(made.ids, alone.ids[:length])
+            made = tiny.drafted(drafter, length, after=state)
+            assert torch.equal(made.ids, alone.ids[:, :length])
             assert made.confidence is not None and alone.confidence is not None
-            assert torch.equal(made.confidence, alone.confidence[:length])
+            assert torch.equal(made.confidence, alone.confidence[:, :length])
 
 
 def test_broken_weights_draft_nonsense_and_no_more() -> None:
@@ -324,6 +343,5 @@ def test_broken_weights_draft_nonsense_and_no_more() -> None:
     target = Target(model)
     drafter = MTPDrafter(assistant, target, int8=True)
     drafter.start(LONG, Settings(), len(LONG) + 8)
-    drafter.extend([7], target.prefill(torch.tensor(LONG), target.new_cache(len(LONG) + 8), hidden=True))
-    ids = drafter.draft(6).ids
-    assert len(ids) == 6 and ids.min() >= 0 and ids.max() < tiny.VOCABULARY
+    ids = tiny.drafted(drafter, 6, after=tiny.read(target, LONG, 7)).ids
+    assert ids.shape == (1, 6) and ids.min() >= 0 and ids.max() < tiny.VOCABULARY

@@ -1,6 +1,6 @@
-"""Other engines: each with the threads and settings that are best for it, measured, and none in the way of our lanes.
+"""Peers: the search for the fastest settings, isolation from our lanes, refusals and the report.
 
-The engines' packages are not needed: those of llama.cpp and OpenVINO are played by stand-ins that say what they would.
+The packages of llama.cpp and OpenVINO are not needed: stubs replace them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import pytest
 import torch
 from tiny import PairOf, ScriptedDrafter, model
 
-from spec_decode import engines, models
 from spec_decode.__main__ import main
-from spec_decode.bench import agreement, bench, prompt_ids, summarize, table
-from spec_decode.engines import Job, LlamaCpp, OpenVINO, Run, Transformers, tune
+from spec_decode.bench import engines
+from spec_decode.bench.engines import Job, LlamaCpp, OpenVINO, Run, Transformers, tune
+from spec_decode.bench.method import agreement, bench, prompt_ids, summarize, table
+from spec_decode.bench.peers import Beside, Peer, Peers, parse, thread_counts
 from spec_decode.errors import ModelError, UserError
-from spec_decode.peers import Beside, Peer, Peers, parse, thread_counts
+from spec_decode.loading import pair as models
 from spec_decode.settings import Settings
 from spec_decode.target import Target
 
@@ -30,7 +31,7 @@ PROMPTS = [{"id": str(i), "category": "c", "prompt": text} for i, text in enumer
 
 
 class Fake:
-    """An engine whose speed is a function of (threads, option), on a machine that slows down as it is used."""
+    """An engine whose speed is a function of (threads, option); it slows down by a share `slowing` with every run."""
 
     def __init__(self, speed: dict[tuple[int, str], float], slowing: float = 0.0) -> None:
         self.speed, self.slowing = speed, slowing
@@ -56,7 +57,7 @@ class Fake:
 
 
 class FakeSeat:
-    """Where a peer would run: it answers `ids`, or fails."""
+    """A seat that answers `ids`, or fails with None."""
 
     def __init__(self, ids: list[int] | None) -> None:
         self.ids = ids
@@ -92,11 +93,11 @@ def checkpoint_of(folder: Path) -> str:
 # The choice of settings
 
 
-def test_the_fastest_way_is_chosen_and_every_trial_told():
+def test_the_fastest_settings_are_chosen_and_every_trial_reported():
     engine = Fake({(1, "a"): 80, (2, "a"): 95, (1, "b"): 60, (2, "b"): 140, (3, "a"): 20, (3, "b"): 30})
     tuned = tune(engine, [1, 2, 3], [1, 2])
     assert (tuned.threads, tuned.option) == (2, {"kind": "b"})
-    assert engine.now == engine.runs[-1] == (2, "b")  # it is left as it will run, and warm
+    assert engine.now == engine.runs[-1] == (2, "b")  # the engine is left warm with the chosen settings
     assert [(trial["threads"], trial["kind"]) for trial in tuned.trials] == [
         (threads, kind) for kind in "ab" for threads in (1, 2, 3)
     ]
@@ -104,7 +105,7 @@ def test_the_fastest_way_is_chosen_and_every_trial_told():
         assert trial["tokens_per_second"] == pytest.approx(engine.speed[trial["threads"], trial["kind"]])
 
 
-def test_a_machine_that_slows_down_does_not_choose():
+def test_a_machine_that_slows_down_does_not_affect_the_choice():
     speed = {(threads, "a"): 100.0 + 2 * threads for threads in (1, 2, 3)}
     assert tune(Fake(speed, slowing=0.02), [1, 2, 3], [1]).threads == 3
 
@@ -116,7 +117,7 @@ def test_a_machine_that_slows_down_does_not_choose():
     (96, 48, [1, 2, 4, 8, 16, 32, 48, 64, 96]),
     (12, 24, [1, 2, 4, 8, 12]),
 ])  # fmt: skip
-def test_thread_counts_are_all_of_a_few_cores_and_some_of_many(cores, physical, counts, monkeypatch):
+def test_thread_counts_are_all_up_to_a_few_cores_and_some_of_many(cores, physical, counts, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: cores if logical else physical)
     assert thread_counts() == counts
@@ -126,7 +127,7 @@ def test_thread_counts_are_all_of_a_few_cores_and_some_of_many(cores, physical, 
 
 
 class Clock:
-    """Seconds that pass as if a token took 1 / speed[threads of PyTorch now]."""
+    """A clock on which a token takes 1 / speed[current number of PyTorch threads] seconds."""
 
     def __init__(self, speed: dict[int, float]) -> None:
         self.speed, self.now = speed, 0.0
@@ -139,8 +140,8 @@ class Clock:
 
 
 @pytest.mark.parametrize("best", [1, 2])
-def test_transformers_gets_the_threads_that_are_best_for_it_and_pytorch_keeps_its_own(best, tmp_path, one_thread):
-    """`one_thread` is how a pair in int8 leaves PyTorch; a peer used to take that over."""
+def test_transformers_gets_its_fastest_thread_count_and_pytorch_keeps_its_own(best, tmp_path, one_thread):
+    """A pair in int8 leaves PyTorch with one thread, as `one_thread` does; the peer must not inherit that."""
     clock = Clock({threads: 5.0 if threads == best else 1.0 for threads in (1, 2)})
     engine = Transformers(Job(checkpoint_of(tmp_path)), clock=clock)
     tuned = tune(engine, [1, 2], [1, 2, 3])
@@ -152,7 +153,7 @@ def test_transformers_gets_the_threads_that_are_best_for_it_and_pytorch_keeps_it
     assert torch.get_num_threads() == 1
 
 
-def test_transformers_emits_what_the_target_would_and_stops_where_it_would(tmp_path, one_thread):
+def test_transformers_emits_the_text_of_the_target_and_stops_at_the_same_token(tmp_path, one_thread):
     engine = Transformers(Job(checkpoint_of(tmp_path)))
     ids = [5, 6, 7, 8]
     free = None
@@ -170,29 +171,29 @@ def test_transformers_emits_what_the_target_would_and_stops_where_it_would(tmp_p
 
 
 @pytest.mark.parametrize(("limit", "dtypes"), [(-1.0, {"float32"}), (1e9, {"float32", "bfloat16"})])
-def test_a_dtype_is_considered_only_where_it_is_close_to_float32(limit, dtypes, tmp_path, monkeypatch, one_thread):
+def test_a_dtype_is_tried_only_if_it_is_close_to_float32(limit, dtypes, tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr(engines, "CLOSE", limit)
     engine = Transformers(Job(checkpoint_of(tmp_path), dtypes=("float32", "bfloat16")))
     assert {option["dtype"] for option in engine.options([1, 2, 3, 4])} == dtypes
     assert 0 < engine.drift["bfloat16"] < 1
 
 
-def test_transformers_beside_us_reports_itself_and_leaves_us_alone(tmp_path, one_thread):
+def test_transformers_in_its_own_process_reports_and_does_not_change_our_threads(tmp_path, one_thread):
     pair = models.load_pair(_with_tokenizer(tmp_path), device="cpu")
     threads, settings = torch.get_num_threads(), Settings(max_new_tokens=6)
     with Peers(["transformers", "openvino"], pair, settings, [[1, 2, 3]], counts=[1, 2]) as peers:
         rows = list(bench(pair, PROMPTS, settings, peers))
         report = peers.report()
     assert torch.get_num_threads() == threads
-    told = report["transformers"]
-    assert {trial["threads"] for trial in told["trials"]} == {1, 2}
-    best = max(told["trials"], key=lambda trial: trial["tokens_per_second"])
-    assert told["threads"] == best["threads"] and told["option"]["dtype"] == told["weights"]
-    assert torch.__version__ in told["version"]
-    assert told["busy_cores"]["own"] > 0 and told["busy_cores"]["others"] is not None
+    reported = report["transformers"]
+    assert {trial["threads"] for trial in reported["trials"]} == {1, 2}
+    best = max(reported["trials"], key=lambda trial: trial["tokens_per_second"])
+    assert reported["threads"] == best["threads"] and reported["option"]["dtype"] == reported["weights"]
+    assert torch.__version__ in reported["version"]
+    assert reported["busy_cores"]["own"] > 0 and reported["busy_cores"]["others"] is not None
     assert "embedded target" in report["openvino"]["skipped"] or "pip install" in report["openvino"]["skipped"]
     assert all(row["peers"]["transformers"]["tokens"] == 6 for row in rows)
-    if told["weights"] == "float32":
+    if reported["weights"] == "float32":
         assert all(row["peers"]["transformers"]["identical"] for row in rows)
 
 
@@ -213,7 +214,7 @@ def _with_tokenizer(folder: Path) -> str:
 # llama.cpp and OpenVINO, without their packages
 
 
-def test_llama_cpp_is_asked_for_the_same_and_read_by_the_same_definition(monkeypatch):
+def test_llama_cpp_gets_the_same_request_and_its_rate_has_the_same_definition(monkeypatch):
     made: list[Any] = []
 
     class Server:
@@ -244,7 +245,7 @@ def test_llama_cpp_is_asked_for_the_same_and_read_by_the_same_definition(monkeyp
     assert made[0].asked[1]["ignore_eos"]
 
 
-def test_openvino_is_asked_for_the_same_and_read_by_the_same_definition(monkeypatch):
+def test_openvino_gets_the_same_request_and_its_rate_has_the_same_definition(monkeypatch):
     made: list[Any] = []
 
     class Pipeline:
@@ -291,7 +292,7 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> No
 # Peers that cannot run
 
 
-def test_peers_are_named_or_refused(monkeypatch):
+def test_peer_names_are_parsed_or_refused(monkeypatch):
     assert parse("openvino, transformers,,openvino") == ["openvino", "transformers"]
     with pytest.raises(UserError, match=r"Unknown peer 'abacus'; choose among transformers, llama.cpp, openvino"):
         parse("transformers,abacus")
@@ -301,39 +302,39 @@ def test_peers_are_named_or_refused(monkeypatch):
     ("name", "module", "package"),
     [("llama.cpp", "xllamacpp", "xllamacpp"), ("openvino", "openvino_genai", "openvino-genai")],
 )
-def test_a_missing_package_is_told_at_once_where_it_alone_was_asked_for(
+def test_a_missing_package_of_the_only_peer_is_reported_before_loading(
     name, module, package, monkeypatch, capsys, tmp_path
 ):
     monkeypatch.setitem(sys.modules, module, None)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps(PROMPTS[0]))
     assert main(["bench", "--prompts", str(prompts), "--peers", name, "--target", str(tmp_path / "none")]) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said == [f"spec_decode: The peer {name} needs the package {package}; run `pip install {package}`."]
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert printed == [f"spec_decode: The peer {name} needs the package {package}; run `pip install {package}`."]
 
 
-def test_missing_packages_are_skipped_beside_others(monkeypatch):
+def test_peers_with_missing_packages_are_skipped(monkeypatch):
     for module in ("xllamacpp", "openvino_genai"):
         monkeypatch.setitem(sys.modules, module, None)
-    said: list[str] = []
+    printed: list[str] = []
     pair, settings = tiny_pair(), Settings(max_new_tokens=4)
-    with Peers(["llama.cpp", "openvino"], pair, settings, [[1]], said.append) as peers:
+    with Peers(["llama.cpp", "openvino"], pair, settings, [[1]], printed.append) as peers:
         rows, report = list(bench(pair, PROMPTS, settings, peers)), peers.report()
     assert not peers.running and "pip install xllamacpp" in report["llama.cpp"]["skipped"]
-    assert sum("pip install" in line for line in said) == 2
+    assert sum("pip install" in line for line in printed) == 2
     text = table(rows, summarize(rows), None, report)
     assert "Without openvino: The peer openvino needs the package openvino-genai" in text
 
 
 @pytest.mark.parametrize("name", ["llama.cpp", "openvino"])
-def test_readers_of_the_gguf_file_are_peers_of_the_embedded_target(name, monkeypatch):
+def test_engines_that_read_gguf_are_peers_of_the_embedded_target_only(name, monkeypatch):
     for module in ("xllamacpp", "openvino_genai"):
         _stand_in(monkeypatch, module, __spec__=SimpleNamespace(name=module))
-    with pytest.raises(UserError, match="embedded target on the CPU alone"):
+    with pytest.raises(UserError, match="embedded target on the CPU only"):
         Peers([name], tiny_pair(), Settings(), [[1]])
 
 
-def test_an_engine_that_cannot_load_or_ends_is_a_sentence(tmp_path):
+def test_an_engine_that_fails_or_ends_raises_one_sentence(tmp_path):
     seat = Beside("transformers", Job(str(tmp_path / "nowhere")))
     try:
         with pytest.raises(ModelError, match=r"^The peer transformers failed: There is no directory .*nowhere"):
@@ -347,7 +348,7 @@ def test_an_engine_that_cannot_load_or_ends_is_a_sentence(tmp_path):
         seat.close()
 
 
-def test_a_peer_that_fails_ends_alone():
+def test_a_peer_that_fails_does_not_affect_others():
     pair, settings = tiny_pair(), Settings(max_new_tokens=4)
     with Peers([], pair, settings, []) as peers:
         broken, sound = FakeSeat(None), FakeSeat([1, 2, 3])
@@ -391,7 +392,7 @@ def test_agreement_is_the_share_of_identical_texts_and_the_mean_common_prefix():
     assert "Tried, tokens/s: 1 thread 10.0, 2 threads 20.0." in text
 
 
-def test_peers_sample_too_and_then_texts_are_not_compared():
+def test_texts_of_peers_are_not_compared_when_sampling():
     pair, settings = tiny_pair(), Settings(max_new_tokens=4, temperature=0.7)
     with Peers([], pair, settings, []) as peers:
         peers.running["other"] = Peer("other", FakeSeat([1, 2, 3]), [1], [1])

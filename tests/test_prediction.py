@@ -1,4 +1,4 @@
-"""The predicted speedup: races of fixed draft lengths, run afterwards, fall into the band."""
+"""The predicted speedup: later races with fixed draft lengths fall into the band."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ COSTS = Costs(0.006, (1.0, 1.03, 1.18, 1.29, 1.38, *(1.62 + 0.22 * g for g in ra
 
 
 class World:
-    """A text whose tokens are easy or hard, easy ones in runs, and a drafter that says how sure it is.
+    """A text with runs of tokens that are easy to draft, and a drafter that gives confidences.
 
-    Whether a draft of a token is right depends mostly on the token; drafted from elsewhere it is another draft in one
-    case of five. Every answer is the same whoever asks, as of a model.
+    Whether a token is drafted correctly depends mostly on the token; in a round with another beginning it is an
+    independent draw with probability 0.2. Drafts are deterministic given the beginning of the round, as with a model.
     """
 
-    def __init__(self, seed: int, tokens: int = 180, ease: float = 0.0, silent: float = 0.0) -> None:
+    def __init__(self, seed: int, tokens: int = 180, ease: float = 0.0, empty: float = 0.0) -> None:
         noise = np.random.default_rng(seed)
         steps = noise.normal(size=tokens + 20)
         for i in range(1, len(steps)):
             steps[i] = 0.6 * steps[i - 1] + 0.8 * steps[i]
         self.tokens = tokens
-        self.chance = 1 / (1 + np.exp(-(0.7 + ease + 1.5 * steps)))
-        self.usual = noise.random(len(steps)) < self.chance
-        self.seed, self.silent = seed, noise.random(tokens) < silent
-        # [a round's beginning, position in its draft]: whether right, and how sure
+        self.probability = 1 / (1 + np.exp(-(0.7 + ease + 1.5 * steps)))
+        self.usual = noise.random(len(steps)) < self.probability
+        self.seed, self.empty = seed, noise.random(tokens) < empty
+        # By beginning of a round and position in its draft: whether the token is right, and the confidence.
         at = np.minimum(np.arange(tokens)[:, None] + np.arange(17), tokens)
-        anew, lucky = noise.random(at.shape) >= 0.8, noise.random(at.shape) < self.chance[at]
-        self.right = np.where(anew, lucky, self.usual[at]).tolist()
-        self.sure = np.clip(self.chance[at] + 0.15 * noise.normal(size=at.shape), 0.02, 0.99).tolist()
+        independent, right = noise.random(at.shape) >= 0.8, noise.random(at.shape) < self.probability[at]
+        self.right = np.where(independent, right, self.usual[at]).tolist()
+        self.confidence = np.clip(self.probability[at] + 0.15 * noise.normal(size=at.shape), 0.02, 0.99).tolist()
 
     def race(
         self,
@@ -48,7 +48,7 @@ class World:
         run: int = 0,
         rule: str | None = None,
     ) -> Trace:
-        """A race whose rounds take what `costs` say with some noise; `measured` is what was measured at load."""
+        """A race whose rounds have the costs `costs` with some noise; `measured` are the costs at load time."""
         noise = np.random.default_rng((self.seed, run, len(str(length)), length if isinstance(length, int) else 99))
         chooser: Controller = Adaptive(measured or costs) if length == "adaptive" else Fixed(int(length))
         pace = costs.step_seconds * np.exp(0.01 * noise.standard_normal())
@@ -70,9 +70,10 @@ class World:
         while at < self.tokens:
             asked = min(chooser.choose(), self.tokens - at - 1)
             made: list[tuple[bool, float]] = []
-            while len(made) < asked and not self.silent[at]:
-                made.append((self.right[at][len(made)], self.sure[at][len(made)]))
-                if chooser.go_on is not None and not chooser.go_on([confidence for _, confidence in made]):
+            while len(made) < asked and not self.empty[at]:
+                made.append((self.right[at][len(made)], self.confidence[at][len(made)]))
+                stop = chooser.early_stop
+                if stop is not None and not stop.go_on([confidence for _, confidence in made]):
                     break
             accepted = next((i for i, (right, _) in enumerate(made) if not right), len(made))
             tokens = [
@@ -84,12 +85,14 @@ class World:
             own = "target" if not made else "bonus" if accepted == len(made) else "correction"
             tokens.append(Token(at + accepted, "x", own))  # type: ignore[arg-type]
             n = len(made)
-            chooser.observe(emit(SPECULATIVE, tuple(tokens), asked, costs.round(n), costs.draft(n)))
+            stopped = None if chooser.early_stop is None or not made else n < asked
+            chooser.observe(emit(SPECULATIVE, tuple(tokens), asked, costs.round(n), costs.draft(n)), stopped)
             at += accepted + 1
         order = sorted((*rounds[BASELINE], *rounds[SPECULATIVE]), key=lambda r: r.clock)
         settings = Settings(draft_length=length, temperature=0.8 if rule else 0, rule=rule)
         finish = {BASELINE: "length", SPECULATIVE: "length"}
-        return Trace({"device": "cpu"}, settings.to_dict(), {}, "p", 9, tuple(order), finish, measured or costs)
+        request = {"prompt": "p", "settings": settings.to_dict()}
+        return Trace(request, {"device": "cpu"}, {}, 9, tuple(order), finish, measured or costs)
 
 
 @cache
@@ -121,21 +124,21 @@ def test_later_races_fall_into_the_band(source: int | str) -> None:
     assert inside >= 0.9 and width <= 0.2 and abs(error) < 0.03
 
 
-def test_costs_measured_on_a_busy_machine_widen_the_band_and_do_not_move_what_was_seen() -> None:
-    """Load-time figures that are wrong by up to 2×, and say so (`doubt`), as the issue found them."""
+def test_wrong_costs_of_a_busy_machine_widen_the_band_where_nothing_was_observed() -> None:
+    """Load-time figures that are wrong by up to 2×, with the `doubt` that belongs to them."""
     wrong = Costs(0.013, (1.0, 1.77, 1.77, 2.1, *(2.3 + 0.3 * g for g in range(13))), 0.1, 0.3, doubt=0.3)
     inside, width, _ = judge(4, wrong)
     assert inside >= 0.9 and width > 0.2
     for seed, world in enumerate(worlds()):
         trace = world.race(4, measured=wrong)
         acceptance = metrics.per_position_acceptance(trace.lane(SPECULATIVE))
-        assert metrics.predicted_speedup(acceptance, wrong, 4) < 0.7 * later(seed)[3], "what was shown before"
+        assert metrics.predicted_speedup(acceptance, wrong, 4) < 0.7 * later(seed)[3], "from load-time costs alone"
         found = predict(trace)
         assert found is not None and found.median[3] == pytest.approx(later(seed)[3], rel=0.12)
         assert (found.high[3] - found.low[3]) / found.median[3] < 0.2
 
 
-def test_a_best_length_is_named_where_the_band_tells() -> None:
+def test_a_best_length_is_named_where_the_band_separates_it() -> None:
     steep = replace(COSTS, verify_ratio=tuple(1 + 0.9 * g for g in range(17)))
     only = predict(World(3, ease=-0.5).race(2, steep))
     assert only is not None and only.best == 1 == int(np.argmax(only.median)) + 1
@@ -147,7 +150,7 @@ def test_a_best_length_is_named_where_the_band_tells() -> None:
             assert later(seed)[found.best - 1] > 0.93 * max(later(seed))
 
 
-def test_a_rule_that_draws_anew_knows_nothing_of_places() -> None:
+def test_the_band_is_wider_for_a_rule_that_draws_independently() -> None:
     def widths(rule: str | None) -> float:
         found = [predict(world.race(4, rule=rule)) for world in worlds()[:6]]
         return float(np.mean([(f.high[3] - f.low[3]) / f.median[3] for f in found if f]))
@@ -155,11 +158,11 @@ def test_a_rule_that_draws_anew_knows_nothing_of_places() -> None:
     assert widths("rejection") > 1.5 * widths("coupled")
 
 
-def test_rounds_in_which_the_drafter_has_nothing_to_say_are_plain_steps() -> None:
-    """As lookup where nothing matches: half of the rounds draft nothing and cost a step."""
+def test_rounds_with_an_empty_draft_are_plain_steps() -> None:
+    """As with lookup where nothing matches: half of the rounds draft nothing and cost a plain step."""
     inside = []
     for seed in range(6):
-        world = World(seed, silent=0.5)
+        world = World(seed, empty=0.5)
         found = predict(world.race(3))
         assert found is not None
         for length in (1, 3, 6, 8):
@@ -177,11 +180,11 @@ def test_rounds_in_which_the_drafter_has_nothing_to_say_are_plain_steps() -> Non
         lambda t: replace(t, rounds=tuple(r for r in t.rounds if not r.drafted)),
     ],
 )
-def test_nothing_is_predicted_from_nothing(change: Callable[[Trace], Trace]) -> None:
+def test_no_prediction_without_costs_or_drafts(change: Callable[[Trace], Trace]) -> None:
     assert predict(change(World(1).race(2))) is None
 
 
-def test_a_race_that_hardly_began_says_little() -> None:
+def test_the_band_of_a_short_race_is_wide() -> None:
     trace = World(1).race(2)
     few = predict(replace(trace, rounds=trace.rounds[:14], finish={BASELINE: "cancelled", SPECULATIVE: "cancelled"}))
     whole = predict(trace)

@@ -1,4 +1,4 @@
-"""What cannot be raced, read, written or trained is refused in one sentence, before anything is loaded for it."""
+"""What cannot be raced, read, written or trained is refused in one sentence, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ import transformers
 from test_models import PROMPT, tokenizer
 
 import app
-from spec_decode import checkpoints, models
 from spec_decode.__main__ import main
 from spec_decode.errors import ModelError, PromptError, UserError
-from spec_decode.race import Race
+from spec_decode.loading import checkpoints
+from spec_decode.loading.pair import load_pair
+from spec_decode.loading.placement import find_device
+from spec_decode.loading.rollback import check_rollback
+from spec_decode.request import Request
 from spec_decode.settings import Settings
+from spec_decode.sources.local import Race
 from spec_decode.target import Target
 from spec_decode.text import encode_chat
-from spec_decode.training import recipe
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 HEADS = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 32}
-# A configuration of each family, and what the sentence says of it
+# A configuration of each family, and a part of the message
 FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("Mamba", {}, "linear_attention layers, whose state cannot roll back"),
     ("Mamba2", {}, "linear_attention layers, whose state cannot roll back"),
@@ -68,9 +71,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    for module, name in ((models, "load_model"), (models, "load_assistant"), (checkpoints, "_from_pretrained")):
-        monkeypatch.setattr(module, name, never)
-    monkeypatch.setattr(recipe, "load_model", never)
+    monkeypatch.setattr(checkpoints, "_from_pretrained", never)
 
 
 # Models
@@ -103,17 +104,17 @@ def test_a_drafter_is_no_target(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
-def test_a_model_that_rolls_back_is_taken(kind: str) -> None:
-    models.check_rollback(Target(tiny.model(kind)), "x")
+def test_a_model_that_rolls_back_is_accepted(kind: str) -> None:
+    check_rollback(Target(tiny.model(kind)), "x")
 
 
-def test_a_model_with_a_state_of_its_own_is_found_out() -> None:
-    """By what it predicts after a rollback, if its configuration did not tell."""
+def test_a_model_with_a_state_outside_its_cache_is_refused() -> None:
+    """By its predictions after a rollback, where its configuration does not show it."""
     model = tiny.model("llama")
     state = torch.zeros(model.config.hidden_size)
 
     def remember(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Adds to every position the decayed sum of all that was ever read, which no rollback takes back."""
+        """Adds to every position the decayed sum of all inputs so far, which no rollback undoes."""
         seen = []
         for row in args[0][0]:
             state.mul_(0.9).add_(row)
@@ -121,20 +122,20 @@ def test_a_model_with_a_state_of_its_own_is_found_out() -> None:
         return (args[0] + torch.stack(seen)[None], *args[1:])
 
     target = Target(model)
-    models.check_rollback(target, "x")
+    check_rollback(target, "x")
     model.model.norm.register_forward_pre_hook(remember)
     with pytest.raises(ModelError, match="after a rollback it predicts something else"):
-        models.check_rollback(target, "x")
+        check_rollback(target, "x")
 
 
 def test_a_model_whose_pass_fails_is_refused(tmp_path: Path) -> None:
-    """GPT-Neo has a table of what it may see, shorter here than the cache."""
+    """GPT-Neo has a fixed attention mask, which is shorter here than the cache."""
     sizes = {"vocab_size": 96, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 256}
     config = transformers.GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]])
     transformers.GPTNeoForCausalLM(config).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"cannot be used: a pass over a cache of fixed size fails \(The size of"):
-        models.load_pair(str(tmp_path), "lookup", device="cpu")
+        load_pair(str(tmp_path), "lookup", device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -146,14 +147,14 @@ def test_a_model_whose_pass_fails_is_refused(tmp_path: Path) -> None:
         ("cuda", False, "No CUDA device is available"),
     ],
 )
-def test_a_device_that_nothing_runs_on(
+def test_a_device_that_cannot_be_used_is_refused(
     name: str, available: bool, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ModelError, match=sentence):
-        models.find_device(name)
-    assert models.find_device("cpu") == CPU
+        find_device(name)
+    assert find_device("cpu") == CPU
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943\nsize 12345\n"
@@ -179,7 +180,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2
     ],
 )
 @pytest.mark.usefixtures("nothing_is_loaded")
-def test_files_that_only_look_like_a_checkpoint(
+def test_a_directory_without_a_usable_checkpoint_is_refused(
     file: str, content: bytes, lost: str | None, sentence: str, llama_dir: Path, tmp_path: Path
 ) -> None:
     home = tmp_path / "model"
@@ -189,17 +190,17 @@ def test_files_that_only_look_like_a_checkpoint(
     (home / file).write_bytes(content)
     for pair in ((str(home), "lookup"), (str(llama_dir), str(home))):
         with pytest.raises(ModelError) as caught:
-            models.load_pair(*pair, device="cpu")
-        told = str(caught.value)
-        assert told.startswith(f"{home} ") and sentence in told and "\n" not in told
+            load_pair(*pair, device="cpu")
+        message = str(caught.value)
+        assert message.startswith(f"{home} ") and sentence in message and "\n" not in message
 
 
-def test_a_file_is_no_directory(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"model\.gguf is a file; name the directory of a safetensors checkpoint"):
-        models.load_pair(str(tmp_path / "model.gguf"), device="cpu")
+        load_pair(str(tmp_path / "model.gguf"), device="cpu")
     with pytest.raises(ModelError, match=r"cannot be read: File name too long\.$"):
-        models.load_pair("x" * 5000, device="cpu")
+        load_pair("x" * 5000, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -212,19 +213,21 @@ def test_a_file_is_no_directory(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.usefixtures("nothing_is_loaded")
-def test_numbers_that_make_no_model(numbers: dict[str, Any], sentence: str, llama_dir: Path, tmp_path: Path) -> None:
+def test_a_configuration_that_makes_no_model_is_refused(
+    numbers: dict[str, Any], sentence: str, llama_dir: Path, tmp_path: Path
+) -> None:
     config = json.loads((llama_dir / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **numbers}))
     with pytest.raises(ModelError) as caught:
-        models.load_pair(str(tmp_path), "lookup", device="cpu")
+        load_pair(str(tmp_path), "lookup", device="cpu")
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_of_a_larger_model_is_refused_where_it_shows() -> None:
     pair: Any = tiny.PairOf(Target(tiny.model("llama", vocab_size=64)), SimpleNamespace(name="none"))
-    assert Race(pair, "ABC", Settings(max_new_tokens=4)).ids == [33, 34, 35]
+    assert Race(pair, Request("ABC", Settings(max_new_tokens=4))).ids == [33, 34, 35]
     with pytest.raises(PromptError, match="makes token 65 of this prompt, and the target knows 64 tokens"):
-        Race(pair, "Aa", Settings(max_new_tokens=4))
+        Race(pair, Request("Aa", Settings(max_new_tokens=4)))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +242,7 @@ def test_a_chat_template_that_fails_says_why(template: str) -> None:
 
 
 @pytest.mark.parametrize("size", ["nan", "inf", "-inf", "-3", "0", "1e400", "plenty"])
-def test_memory_is_a_number_above_nothing(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_is_a_number_above_0(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", f"--memory={size}"]) == 2
     assert one_line(capsys) == f"spec_decode: --memory takes a number of gigabytes above 0, not '{size}'."
 
@@ -264,7 +267,7 @@ def test_a_file_of_prompts_is_read_before_the_model(
 
 
 def test_a_file_of_prompts_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
-    from spec_decode.bench import read_prompts
+    from spec_decode.bench.method import read_prompts
 
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"id": 1, "category": "x", "prompt": "tea"}')
     assert read_prompts(tmp_path / "a.jsonl") == [{"id": "1", "category": "x", "prompt": "tea"}]
@@ -284,13 +287,13 @@ def test_what_cannot_be_written_is_refused_before_the_race(tmp_path: Path, capsy
     assert "There is no directory" in one_line(capsys) and not (tmp_path / "t.json").exists()
 
 
-def test_a_trace_that_cannot_be_written_at_last_is_one_line(
+def test_a_trace_that_cannot_be_written_after_the_race_is_one_line(
     llama_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--target", str(llama_dir), "--device", "cpu", "--max-new-tokens", "2", "--trace", "/dev/full"]
     assert main(["race", "--prompt", PROMPT, *options]) == 1
-    told = capsys.readouterr()
-    assert "tokens/s" in told.out and "No space left on device" in told.err.splitlines()[-1]
+    printed = capsys.readouterr()
+    assert "tokens/s" in printed.out and "No space left on device" in printed.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("prompt", ["", " \n"])
@@ -303,7 +306,7 @@ def test_an_empty_prompt_is_refused_before_the_model_is_looked_for(
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "999.1.1.1", "x" * 300])
 def test_a_host_that_cannot_be_bound_says_so(host: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """192.0.2.0/24 belongs to nobody."""
+    """192.0.2.0/24 is reserved for documentation (RFC 5737)."""
     assert app.main(["--host", host]) == 1
     line = one_line(capsys)
     assert line.startswith(f"app.py: cannot serve on {host}: ") and "port" not in line
@@ -320,26 +323,26 @@ def test_a_host_that_cannot_be_bound_says_so(host: str, capsys: pytest.CaptureFi
         ("--length 96 --answer 24 48", "Texts of 96 tokens are too short: a user turn has up to 150"),
         ("--length 40 --answer 4 16 --turn 40", "Texts of 40 tokens are too short: a user turn has up to 40"),
         ("--length 1000", "longer than the target's context of 512"),
-        ("--answer 48 24", "An answer's fewest and most tokens cannot be 48 and 24"),
-        ("--slots 0", "at least one text at once"),
+        ("--answer 48 24", "The range of an answer's tokens cannot be 48 to 24"),
+        ("--slots 0", "at least one slot"),
         ("--tokens -5", "at least one token, not -5"),
         ("--layers 99", "The target's layers are 0…3"),
         ("--centroids 7", "96 tokens cannot be split into 7 equal lists"),
-        ("--chosen 5000", "A step looks at 1…12 lists, not 5000"),
+        ("--chosen 5000", "A step scores 1…12 lists, not 5000"),
         ("--intermediate 0", "An MLP cannot be 0 wide"),
         ("--steps 0", "at least one step"),
         ("--texts 0", "at least one text"),
-        ("--rate nan", "A learning rate is above 0, not nan"),
-        ("--unroll 50", "From 1 to 8 draft steps"),
-        ("--temperatures nan", "Temperatures of answers are from 0 to 5"),
-        ("--user-turns 5", "A share is from 0 to 1"),
-        ("--seed -1", "A seed is from 0"),
+        ("--rate nan", "The learning rate must be above 0, not nan"),
+        ("--unroll 50", "must be from 1 to 8, not 50"),
+        ("--temperatures nan", "Temperatures of answers must be from 0 to 5"),
+        ("--user-turns 5", "The share of user turns must be from 0 to 1"),
+        ("--seed -1", "The seed must be from 0"),
         ("--device meta", "Unknown device 'meta'"),
         ("--init nowhere", "nowhere holds no drafter to begin with"),
-        ("--also nowhere", "nowhere holds no texts to learn from"),
+        ("--also nowhere", "nowhere holds no texts to train on"),
         ("--data nowhere", "nowhere cannot be read as JSON Lines"),
         ("--held-out nowhere", "nowhere cannot be read as JSON Lines"),
-        ("--only train", "work holds no texts to learn from"),
+        ("--only train", "work holds no texts to train on"),
     ],
 )
 def test_settings_of_training_are_refused_before_anything_is_written(
@@ -361,7 +364,7 @@ def test_settings_of_training_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        (transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4), "have no one width"),
+        (transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4), "has no single MLP width"),
         (transformers.T5Config(), "an encoder and a decoder"),
         (transformers.DeepseekV3Config(vocab_size=96), "keys and values are of unequal size"),
         (tiny.gemma4("dense")[0].config, "cannot be made for a target of the kind gemma4_text"),

@@ -15,18 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from spec_decode.sampling import (
-    ACCEPT,
-    DRAFT,
-    RESIDUAL,
-    STREAMS,
-    TARGET,
-    degenerate,
-    distribution,
-    exponential,
-    race,
-    uniform,
-)
+from spec_decode.noise import ACCEPT, DRAFT, RESIDUAL, STREAMS, TARGET, RoundNoise, exponential, uniform
+from spec_decode.sampling import degenerate, distribution, draw, exponential_argmax
 from spec_decode.settings import MAX_SEED, Settings
 
 VOCABULARY = 49152  # SmolLM2's: long enough for torch to split a row over threads
@@ -238,13 +228,13 @@ def test_a_row_does_not_depend_on_its_neighbours(settings: dict[str, float]) -> 
     positions = torch.arange(100, 105)
     together = distribution(logits, chosen)
     noise = exponential(9, positions, VOCABULARY)
-    drawn = race(together, noise)
+    drawn = exponential_argmax(together, noise)
     for i in range(5):
         for alone in (distribution(logits[i : i + 1], chosen), distribution(logits[i], chosen)[None]):
             assert torch.equal(alone[0], together[i])
             own = exponential(9, positions[i : i + 1], VOCABULARY)
             assert torch.equal(own[0], noise[i])
-            assert race(alone, own).tolist() == [drawn[i].item()]
+            assert exponential_argmax(alone, own).tolist() == [drawn[i].item()]
 
 
 def test_leading_dimensions_are_rows() -> None:
@@ -286,6 +276,26 @@ def test_noise_is_pinned() -> None:
     )
     row = exponential(42, torch.tensor([7]), 4, RESIDUAL, torch.tensor([5]))[0]
     torch.testing.assert_close(row, torch.tensor([2.99287748, 4.26172733, 1.57931721, 0.539586663]), rtol=1e-6, atol=0)
+
+
+def test_a_round_shares_noise_with_no_other_and_between_no_two_uses() -> None:
+    """Two rounds that both reach position 7 have only the noise of the target's own sample there in common; drafts are
+    drawn with noise that no verification uses."""
+    seed, vocabulary = 3, 50
+    early, late = (RoundNoise(seed, start, 4, vocabulary, torch.device("cpu")) for start in (5, 7))
+    assert torch.equal(early.shared()[0, 2:], late.shared()[0, :2])
+    at_7 = [early.shared()[0, 2, 0], early.residual()[0, 2, 0], late.residual()[0, 0, 0]]
+    at_7 += [-early.uniform()[0, 2].log(), -late.uniform()[0, 0].log()]  # made of the noise of token 0
+    for start in (5, 7):
+        positions, begin = torch.arange(start, start + 40), torch.tensor([start])
+        drafted = exponential(seed, positions, vocabulary, DRAFT, begin)
+        at_7.append(drafted[7 - start, 0])
+        for rule, expected in (("rejection", drafted), ("coupled", exponential(seed, positions, vocabulary, TARGET))):
+            settings = Settings(temperature=1.0, rule=rule, seed=seed)
+            made = draw(torch.zeros(40, vocabulary), positions, begin, settings)
+            assert made.q is not None and torch.equal(made.ids, exponential_argmax(made.q, expected))
+    ranked = torch.stack(at_7).sort().values
+    assert len(ranked) == 7 and ranked.diff().min() > 1e-4
 
 
 def blocks() -> Iterator[tuple[str, Tensor]]:
@@ -378,7 +388,7 @@ def test_races_of_different_noise_are_independent() -> None:
     places = torch.arange(40_000)
 
     def winners(seed: int = 0, shift: int = 0, stream: int = TARGET) -> Tensor:
-        return race(p.expand(40_000, 8), exponential(seed, places + shift, 8, stream))
+        return exponential_argmax(p.expand(40_000, 8), exponential(seed, places + shift, 8, stream))
 
     first = winners()
     others = [winners(shift=1), winners(shift=8), winners(seed=1), winners(seed=2**32), winners(stream=DRAFT)]
@@ -400,7 +410,9 @@ def test_a_race_draws_from_p(seed: int) -> None:
         torch.randn(20, generator=torch.Generator().manual_seed(seed)) * 2, Settings(temperature=1.0, top_k=15)
     )
     n = 100_000
-    counts = torch.bincount(race(p.expand(n, 20), exponential(seed, torch.arange(n), 20)), minlength=20).double()
+    counts = torch.bincount(
+        exponential_argmax(p.expand(n, 20), exponential(seed, torch.arange(n), 20)), minlength=20
+    ).double()
     alive = p > 0
     assert not counts[~alive].any()
     expected = p[alive].double() / p[alive].double().sum() * n
@@ -411,7 +423,7 @@ def test_a_race_draws_from_p(seed: int) -> None:
 @given(sane_rows, samplings, st.integers(0, MAX_SEED))
 def test_a_race_never_draws_what_has_no_probability(row: list[float], settings: Settings, seed: int) -> None:
     p = distribution(torch.tensor(row), settings).expand(64, -1)
-    drawn = race(p, exponential(seed, torch.arange(64), len(row)))
+    drawn = exponential_argmax(p, exponential(seed, torch.arange(64), len(row)))
     assert (p[0][drawn] > 0).all()
     if settings.temperature == 0:
         assert (drawn == torch.tensor(row).argmax()).all()
@@ -427,5 +439,5 @@ def test_a_race_survives_the_extremes_of_its_noise() -> None:
     noise = torch.full((3, 1000), low)
     noise[0, 17] = noise[1, 3] = high
     noise[2, 500:] = high
-    drawn = race(p, noise).tolist()
+    drawn = exponential_argmax(p, noise).tolist()
     assert drawn[0] == 17 and drawn[1] == 4 and drawn[2] < 500

@@ -16,12 +16,12 @@ from typing import Any
 import httpx
 import pytest
 from gradio import queueing
-from ui_fakes import FakePair, FakeRace, fake_load
+from ui_fakes import FakeSource, fake_load
 
 import app
 from spec_decode.errors import ModelError, UserError
 from spec_decode.events import Trace
-from spec_decode.race import Race
+from spec_decode.request import Request
 from spec_decode.settings import Settings
 from spec_decode.ui import Engine, Limits, build, launch_options
 from spec_decode.ui import server as server_module
@@ -43,11 +43,11 @@ def wait(true: Callable[[], Any], seconds: float = 20) -> None:
 
 
 class Served:
-    """An app over a fake pair, and a client that speaks plain HTTP with it."""
+    """An app over a fake source, and a client that speaks plain HTTP with it."""
 
-    def __init__(self, load: Any, pair: FakePair, max_queue: int = 12) -> None:
-        self.pair = pair
-        self.engine = Engine(load, FakeRace, ("lookup",), limits=Limits(**MOST))
+    def __init__(self, load: Any, source: FakeSource, max_queue: int = 12) -> None:
+        self.source = source
+        self.engine = Engine(load, limits=Limits(**MOST))
         self.page = build(self.engine, max_queue)
         _, self.url, _ = self.page.launch(prevent_thread_lock=True, **launch_options())
         self.port = int(httpx.URL(self.url).port or 0)
@@ -98,8 +98,8 @@ def arguments(
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Served]:
-    pair = FakePair(context=3000)
-    served = Served(fake_load(pair), pair)
+    source = FakeSource(context=3000)
+    served = Served(fake_load(source), source)
     served.engine.start()
     wait(lambda: served.engine.status().phase == "ready")
     yield served
@@ -111,27 +111,27 @@ def served(running: Served, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]
     """The app with nothing running, and little patience."""
     monkeypatch.setattr(server_module, "PATIENCE", 1.0)
     monkeypatch.setattr(server_module, "SWEEP", 0.1)
-    running.pair.races, running.pair.pace, running.pair.chunks = [], 0.0, 0
+    running.source.races, running.source.pace, running.source.chunks = [], 0.0, 0
     yield running
-    running.pair.pace = 0.0
-    for race in running.pair.races:
+    running.source.pace = 0.0
+    for race in running.source.races:
         race.stop()
     wait(lambda: not running.calls)  # first, for a call that is about to run has no race yet
-    wait(lambda: all(race.closed for race in running.pair.races))
+    wait(lambda: all(race.closed for race in running.source.races))
     assert running.waiting == 0 and not running.page._queue.get_active_worker_count()
 
 
 @pytest.fixture
 def busy(served: Served) -> Iterator[Served]:
     """The same with a race of somebody who listens and takes long."""
-    served.pair.pace = 1.0
+    served.source.pace = 1.0
     assert served.join("busy", data=arguments(tokens=1500)).status_code == 200
     listener = threading.Thread(target=served.listen, args=("busy",))
     listener.start()
-    wait(lambda: served.pair.races)
+    wait(lambda: served.source.races)
     yield served
-    served.pair.races[0].stop()
-    served.pair.pace = 0.0
+    served.source.races[0].stop()
+    served.source.pace = 0.0
     listener.join(20)
     assert not listener.is_alive()
 
@@ -151,15 +151,15 @@ def health(port: int) -> int:
 def test_a_load_that_fails_is_told_to_the_container_and_on_standard_error(capsys: Any) -> None:
     go, tries = threading.Event(), []
 
-    def load(progress: Any) -> FakePair:
+    def load(progress: Any) -> FakeSource:
         tries.append(1)
         progress("Reading weights")
         go.wait(30)
         if len(tries) == 1:
             raise ModelError("The disk is full.")
-        return FakePair()
+        return FakeSource()
 
-    served = Served(load, FakePair())
+    served = Served(load, FakeSource())
     try:
         served.engine.start()
         wait(lambda: served.engine.status().message == "Reading weights")
@@ -210,7 +210,8 @@ def test_what_is_no_prompt_is_refused_in_a_sentence(served: Served, capsys: Any)
 
 def test_a_call_from_no_page_is_refused_in_a_sentence(served: Served, capsys: Any) -> None:
     for i, ticket in enumerate((None, {}, "x", {"id": "made up", "truncate": True})):
-        assert "press Run first" in served.call(f"t{i}", "stream", [ticket, "hello", "", "", False, *FORM])["error"]
+        form = [ticket, "hello", "", False, "", False, *FORM]
+        assert "press Run first" in served.call(f"t{i}", "stream", form)["error"]
     for name in ("stream", "race"):
         answer = served.join("few", name, ["hello"])
         assert answer.status_code == 400 and "arguments" in answer.json()["detail"]
@@ -219,16 +220,16 @@ def test_a_call_from_no_page_is_refused_in_a_sentence(served: Served, capsys: An
     note = json.dumps(served.call("note", check, [7, *[None] * (inputs - 10), *FORM]))
     assert "prompt must be text, not 7" in note
     captured = capsys.readouterr()
-    assert "Traceback" not in captured.out + captured.err and not served.pair.races
+    assert "Traceback" not in captured.out + captured.err and not served.source.races
 
 
 @pytest.mark.parametrize(
     ("prompt", "system", "words"),
     [(7, None, "prompt must be text"), ("a\ud800", None, "surrogate"), ("a", ["b"], "system prompt must be text")],
 )
-def test_a_race_takes_nothing_but_text(prompt: Any, system: Any, words: str) -> None:
+def test_a_request_takes_nothing_but_text(prompt: Any, system: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Race(None, prompt, Settings(), system)  # type: ignore[arg-type]
+        Request(prompt, Settings(), system=system)
 
 
 @pytest.mark.parametrize(
@@ -266,11 +267,11 @@ def test_a_body_of_unknown_length_has_a_limit(served: Served) -> None:
 
 
 def test_a_race_that_nobody_listens_to_is_dropped(served: Served) -> None:
-    served.pair.pace = 1.0
+    served.source.pace = 1.0
     assert served.join("deaf", data=arguments(tokens=1500)).status_code == 200
-    wait(lambda: served.pair.races)
-    wait(lambda: served.pair.races[0].closed)
-    assert len(served.pair.races[0].rounds) < 1500
+    wait(lambda: served.source.races)
+    wait(lambda: served.source.races[0].closed)
+    assert len(served.source.races[0].rounds) < 1500
 
 
 def test_nobody_waits_who_does_not_listen(busy: Served) -> None:
@@ -280,7 +281,7 @@ def test_nobody_waits_who_does_not_listen(busy: Served) -> None:
     assert event.status_code == 200 and busy.waiting == 2
     wait(lambda: busy.waiting == 0)
     time.sleep(0.5)
-    assert len(busy.pair.races) == 1 and not busy.pair.races[0].closed, "the race that is heard goes on"
+    assert len(busy.source.races) == 1 and not busy.source.races[0].closed, "the race that is heard goes on"
 
 
 def test_one_who_listens_by_event_is_heard(busy: Served) -> None:
@@ -289,27 +290,27 @@ def test_one_who_listens_by_event_is_heard(busy: Served) -> None:
     with busy.http.stream("GET", f"/gradio_api/call/race/{event['event_id']}") as stream:
         time.sleep(1.6)  # longer than the patience
         assert busy.waiting == 1
-        busy.pair.races[0].stop()
-        busy.pair.pace = 0.0
+        busy.source.races[0].stop()
+        busy.source.pace = 0.0
         text = stream.read().decode()
     assert "event: complete" in text and '"finish"' in text
 
 
 def test_one_who_leaves_while_the_prompt_is_read_frees_the_device(served: Served) -> None:
-    served.pair.chunks = 300  # a minute
+    served.source.chunks = 300  # a minute
     assert served.join("leaver").status_code == 200
     with served.http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "leaver"}) as stream:
         for line in stream.iter_lines():
             if '"process_generating"' in line:
                 break  # closes the connection
-    wait(lambda: served.pair.races[0].closed, 5)
+    wait(lambda: served.source.races[0].closed, 5)
 
 
 def test_a_race_that_is_cancelled_twice_is_closed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served.pair, "chunk_seconds", 1.0)
-    served.pair.chunks = 10
+    monkeypatch.setattr(served.source, "chunk_seconds", 1.0)
+    served.source.chunks = 10
     assert served.join("hasty").status_code == 200
-    wait(lambda: served.pair.races and any(served.page.app.iterators.values()))
+    wait(lambda: served.source.races and any(served.page.app.iterators.values()))
     time.sleep(0.2)  # now the race reads its first chunk
     body = {"session_hash": "hasty", "fn_index": served.names["race"]["id"], "event_id": "another"}
 
@@ -322,7 +323,7 @@ def test_a_race_that_is_cancelled_twice_is_closed(served: Served, monkeypatch: p
         time.sleep(0.2)
     for thread in threads:
         thread.join()
-    wait(lambda: not served.calls and served.pair.races[0].closed, 5)
+    wait(lambda: not served.calls and served.source.races[0].closed, 5)
     assert not served.page.app.iterators
 
 
@@ -339,7 +340,7 @@ def test_a_race_that_is_cancelled_before_it_begins_gives_its_place_back(
     monkeypatch.setattr(queueing, "set_task_name", cancelled)
     assert served.join("hasty").status_code == 200
     wait(lambda: not served.calls, 5)
-    assert served.call("next")["data"] and len(served.pair.races) == 1
+    assert served.call("next")["data"] and len(served.source.races) == 1
 
 
 def test_a_look_that_fails_is_not_the_last(served: Served, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -352,9 +353,9 @@ def test_a_look_that_fails_is_not_the_last(served: Served, monkeypatch: pytest.M
         await clean(**call)
 
     monkeypatch.setattr(served.page._queue, "clean_events", fails_once)
-    served.pair.pace = 1.0
+    served.source.pace = 1.0
     assert served.join("deaf", data=arguments(tokens=1500)).status_code == 200
-    wait(lambda: served.pair.races and served.pair.races[0].closed)
+    wait(lambda: served.source.races and served.source.races[0].closed)
     assert len(calls) > 1 and "only once" in capsys.readouterr().err
 
 
@@ -401,7 +402,7 @@ def test_outcomes_that_nobody_asks_for_are_bounded() -> None:
 def test_a_race_over_the_limits_is_refused_or_ends_like_stop(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "at most 2,000 new tokens a lane, not 2,001" in served.call("more", data=arguments(tokens=2001))["error"]
     monkeypatch.setattr(served.engine, "limits", Limits(seconds=1.0))
-    served.pair.pace = 1.0
+    served.source.pace = 1.0
     data = served.call("long", data=arguments(tokens=1500))["data"][0]
     trace = Trace.from_json(json.dumps(data))
     assert trace.finish == {"baseline": "time", "speculative": "time"} and 5 < len(trace.rounds) < 300

@@ -51,7 +51,7 @@ NONSENSE: list[Any] = [
         *(("top_p", v) for v in (0, 0.0, "0", -0.1, 1.0001, *NONSENSE)),
         *(("top_k", v) for v in (-1, 0.5, 1_000_001, *NONSENSE)),
         *(("rule", v) for v in ("Greedy!", "exact", 3, [], "greedy ")),
-        *(("lenience", v) for v in (0, -0.1, 1.1, *NONSENSE)),
+        *(("lenience", v) for v in (0, 1e-7, -0.1, 1.1, *NONSENSE)),
         *(("max_new_tokens", v) for v in (0, -5, MAX_NEW_TOKENS + 1, 1.5, *NONSENSE)),
         *(("seed", v) for v in (-1, MAX_SEED + 1, 0.5, *NONSENSE)),
     ],
@@ -74,7 +74,8 @@ def test_a_refusal_names_its_field_in_one_sentence(field: str, value: Any) -> No
         ({"draft_length": 1}, "draft_length", 1),
         ({"draft_length": MAX_DRAFT_LENGTH}, "draft_length", 16),
         ({"draft_length": " Adaptive "}, "draft_length", "adaptive"),
-        ({"draft_length": "threshold"}, "draft_length", "threshold"),
+        ({"draft_length": "rate"}, "draft_length", "rate"),
+        ({"draft_length": "threshold"}, "draft_length", "rate"),  # its old name
         ({"temperature": "0.7"}, "temperature", 0.7),
         ({"temperature": 5}, "temperature", 5.0),
         ({"top_p": "1"}, "top_p", 1.0),
@@ -110,19 +111,21 @@ def test_which_rules_are_exact_and_which_show_the_same_text(temperature: float) 
             continue
         settings = Settings(temperature=temperature, rule=rule)
         assert settings.exact == (rule != "threshold")
-        assert settings.same_text == (rule in ("greedy", "coupled") or (rule == "rejection" and temperature == 0))
+        assert settings.same_text == (
+            rule in ("greedy", "coupled") or (rule in ("rejection", "block") and temperature == 0)
+        )
 
 
 @hypothesis_settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(
     st.builds(
         Settings,
-        draft_length=st.one_of(st.integers(1, 16), st.sampled_from(["adaptive", "threshold"])),
+        draft_length=st.one_of(st.integers(1, 16), st.sampled_from(["adaptive", "rate"])),
         temperature=st.floats(0, 5),
         top_p=st.floats(0, 1, exclude_min=True),
         top_k=st.integers(0, 1_000_000),
         rule=st.sampled_from([None, "coupled", "rejection", "threshold"]),
-        lenience=st.floats(0, 1, exclude_min=True),
+        lenience=st.floats(1e-6, 1),
         max_new_tokens=st.integers(1, MAX_NEW_TOKENS),
         seed=st.integers(0, MAX_SEED),
     )

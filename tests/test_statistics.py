@@ -15,7 +15,7 @@ fail this file with probability below 1e-6 for a fresh choice of seeds. The seed
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,14 +25,19 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from spec_decode import decode, verification
-from spec_decode.draft_length import Fixed, GoOn
+from spec_decode import decode
+from spec_decode.draft_length import EarlyStop, Fixed
 from spec_decode.drafters import Draft
 from spec_decode.drafters.model import ModelDrafter
-from spec_decode.sampling import ACCEPT, DRAFT, RESIDUAL, TARGET, distribution, exponential, race, uniform
+from spec_decode.noise import ACCEPT, DRAFT, RESIDUAL, TARGET, exponential, uniform
+from spec_decode.sampling import distribution, exponential_argmax
 from spec_decode.settings import Settings
+from spec_decode.state import State
 from spec_decode.target import Pass
-from spec_decode.verification import Verdict
+from spec_decode.verification import Verdict, residual
+from spec_decode.verification.coupled import coupled
+from spec_decode.verification.rejection import rejection
+from spec_decode.verification.threshold import threshold
 
 FALSE_ALARM = 1e-6 / 128
 TRIALS = 25_000
@@ -123,7 +128,7 @@ def sample(combination: Combination, rule: Rule, seed: int, trials: int = TRIALS
     p_of = distribution(logits, settings)
     q_of, drawn = drafter_tables(combination.drafter, logits, settings)
     deterministic = not bool(drawn.any())
-    coupled = settings.rule == "coupled"
+    shared = settings.rule == "coupled"
 
     capacity = len(PROMPT) + TOKENS + 2 * (combination.length + 1)
     text = torch.zeros(trials, capacity, dtype=torch.long)
@@ -142,14 +147,14 @@ def sample(combination: Combination, rule: Rule, seed: int, trials: int = TRIALS
         n_ = n.clamp_max(len(PROMPT) + TOKENS)  # rows that are done go on over what nobody reads
         for i in range(length):
             q = q_of[text[row, n_ + i - 2], text[row, n_ + i - 1]]
-            text[row, n_ + i] = race(q, noise(n_[:, None] + i, TARGET if coupled else DRAFT)[:, 0])
+            text[row, n_ + i] = exponential_argmax(q, noise(n_[:, None] + i, TARGET if shared else DRAFT)[:, 0])
         places = n_[:, None] + torch.arange(length + 1)
         before, last = text.gather(1, places - 2), text.gather(1, places - 1)
         p, q, draft = p_of[before, last], q_of[before, last][:, :length], text.gather(1, places[:, :length])
         starts = (offset + n_)[:, None].expand(trials, length).flatten()
         u = uniform(seed, (offset[:, None] + places[:, :length]).flatten(), ACCEPT, starts).reshape(trials, length)
-        if coupled:
-            verdict = verification.coupled(draft, p, noise(places, TARGET))
+        if shared:
+            verdict = coupled(draft, p, noise(places, TARGET))
         else:
             verdict = rule(draft, p, None if deterministic else q, u, noise(places, RESIDUAL))
         text[row, n_ + verdict.accepted] = verdict.token
@@ -195,9 +200,10 @@ def p_value(tokens: Tensor, joint: np.ndarray) -> float:
     return float(scipy.stats.chisquare(observed, expected).pvalue)
 
 
+@pytest.mark.parametrize("rule", [rejection], ids=["rejection"])
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
-def test_rejection_is_exact(combination: Combination) -> None:
-    tokens = sample(combination, verification.rejection, seed=2024)
+def test_the_rule_is_exact(combination: Combination, rule: Rule) -> None:
+    tokens = sample(combination, rule, seed=2024)
     joint = enumerate_joint(distribution(table(combination.vocabulary, 7), combination.settings))
     assert p_value(tokens, joint) > FALSE_ALARM
 
@@ -217,11 +223,11 @@ COUPLED = [
 @pytest.mark.parametrize("combination", COUPLED, ids=str)
 def test_coupled_is_exact_over_seeds(combination: Combination) -> None:
     """One seed gives one text whatever is drafted; over many, the texts follow the target."""
-    tokens = sample(combination, verification.rejection, seed=11)
+    tokens = sample(combination, rejection, seed=11)
     joint = enumerate_joint(distribution(table(combination.vocabulary, 7), combination.settings))
     assert p_value(tokens, joint) > FALSE_ALARM
     alone = Combination("one-hot", 0, combination.vocabulary, combination.sampling)
-    assert torch.equal(tokens, sample(alone, verification.rejection, seed=11))
+    assert torch.equal(tokens, sample(alone, rejection, seed=11))
 
 
 # Tests of the test: rules that are almost right must fail it, with the same trials and at the same level ----------
@@ -236,22 +242,22 @@ def argmax_over_q(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: 
     p_of = distribution(table(6, 7), settings).reshape(36, 6)
     context = (p[:, : draft.shape[1], None, :] - p_of).abs().sum(-1).argmin(-1)
     assert torch.equal(argmax.flatten()[context], draft)
-    return verification.rejection(draft, p, spread.reshape(36, 6)[context], u, noise)
+    return rejection(draft, p, spread.reshape(36, 6)[context], u, noise)
 
 
 def correct_from_p(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor) -> Verdict:
     """Draws the correction from p instead of what q left of it."""
-    right = verification.rejection(draft, p, q, u, noise)
+    right = rejection(draft, p, q, u, noise)
     at = right.accepted[:, None, None].expand(-1, 1, p.shape[-1])
-    return Verdict(right.accepted, race(p.gather(1, at), noise.gather(1, at))[:, 0])
+    return replace(right, token=exponential_argmax(p.gather(1, at), noise.gather(1, at))[:, 0])
 
 
 def bonus_from_residual(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor) -> Verdict:
     """Takes the last draft's q off the bonus as well."""
     assert q is not None
-    right = verification.rejection(draft, p, q, u, noise)
-    wrong = race(verification.residual(p[:, -1], q[:, -1]), noise[:, -1])
-    return Verdict(right.accepted, torch.where(right.accepted == draft.shape[1], wrong, right.token))
+    right = rejection(draft, p, q, u, noise)
+    wrong = exponential_argmax(residual(p[:, -1], q[:, -1]), noise[:, -1])
+    return replace(right, token=torch.where(right.accepted == draft.shape[1], wrong, right.token))
 
 
 def keeps_going(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor) -> Verdict:
@@ -260,19 +266,19 @@ def keeps_going(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Te
     at = draft[..., None]
     accepted = (u * q.gather(-1, at)[..., 0] < p[:, : draft.shape[1]].gather(-1, at)[..., 0]).sum(-1)
     row = accepted[:, None, None].expand(-1, 1, p.shape[-1])
-    return Verdict(accepted, race(p.gather(1, row), noise.gather(1, row))[:, 0])
+    return Verdict(accepted, exponential_argmax(p.gather(1, row), noise.gather(1, row))[:, 0], torch.empty(0))
 
 
 def shared_noise(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor) -> Verdict:
     """Decides acceptance and correction with the same noise."""
     dependent = (-noise[:, : draft.shape[1]].gather(-1, draft[..., None])[..., 0]).exp()
     wrong = (-noise[:, : draft.shape[1], 0]).exp()
-    return verification.rejection(draft, p, q, torch.where(draft == 0, dependent, wrong), noise)
+    return rejection(draft, p, q, torch.where(draft == 0, dependent, wrong), noise)
 
 
 def lenient(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor) -> Verdict:
     """The lossy rule, barely lossy."""
-    return verification.threshold(draft, p, q, u, noise, 0.85, argmax=False)
+    return threshold(draft, p, q, u, noise, 0.85)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +307,7 @@ def test_noise_used_twice_is_caught(stream: int, monkeypatch: pytest.MonkeyPatch
     """A drafter that draws with the noise of the correction, or of the acceptance test, is not independent of it."""
     combination = Combination("sampled", 2)
     monkeypatch.setitem(globals(), "DRAFT", stream)
-    tokens = sample(combination, verification.rejection, seed=2024)
+    tokens = sample(combination, rejection, seed=2024)
     joint = enumerate_joint(distribution(table(combination.vocabulary, 7), combination.settings))
     assert p_value(tokens, joint) < FALSE_ALARM
 
@@ -326,17 +332,15 @@ def test_threshold_emits_what_its_divergence_is_of(lenience: float) -> None:
     g = torch.Generator().manual_seed(3)
     p, q = (torch.randn(8, generator=g).softmax(-1) for _ in range(2))
     passed = torch.minimum(q, p / lenience)
-    emitted = passed + (1 - passed.sum()) * verification.residual(p, lenience * q)
+    emitted = passed + (1 - passed.sum()) * residual(p, lenience * q)
     places = torch.arange(TRIALS)
 
     def noise(stream: int) -> Tensor:
         return exponential(6, torch.stack([places, places + TRIALS], 1).flatten(), 8, stream).reshape(TRIALS, 2, 8)
 
-    draft = race(q.expand(TRIALS, 1, 8), noise(DRAFT)[:, :1])
+    draft = exponential_argmax(q.expand(TRIALS, 1, 8), noise(DRAFT)[:, :1])
     both = p.expand(TRIALS, 2, 8)
-    verdict = verification.threshold(
-        draft, both, q.expand(TRIALS, 1, 8), uniform(6, places)[:, None], noise(RESIDUAL), lenience, argmax=False
-    )
+    verdict = threshold(draft, both, q.expand(TRIALS, 1, 8), uniform(6, places)[:, None], noise(RESIDUAL), lenience)
     first = torch.where(verdict.accepted > 0, draft[:, 0], verdict.token)
     counts = torch.bincount(first, minlength=8).double().numpy()
 
@@ -386,16 +390,17 @@ class TableModel:
         return TableCache()
 
     def prefill(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
-        return Pass(self.verify(tokens, cache).logits[-1:], None, cache)
+        return Pass(self.verify(tokens, cache).logits[..., -1:, :], None, cache)  # type: ignore[arg-type]
 
     def read(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Iterator[Pass]:
         yield self.prefill(tokens, cache)
 
     def verify(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
         start = len(cache.ids)
-        cache.ids += tokens.tolist()
+        cache.ids += tokens.view(-1).tolist()
         ends = range(start, len(cache.ids))
-        return Pass(torch.stack([self.logits[cache.ids[max(i - 1, 0)], cache.ids[i]] for i in ends]), None, cache)
+        logits = torch.stack([self.logits[cache.ids[max(i - 1, 0)], cache.ids[i]] for i in ends])
+        return Pass(logits.view(*tokens.shape, -1), None, cache)  # type: ignore[arg-type]
 
 
 def silent() -> Any:
@@ -410,17 +415,17 @@ class Early(Fixed):
 
     def __init__(self, length: int) -> None:
         super().__init__(length)
-        self.go_on = GoOn([0.0, 1.0], [0.5])
+        self.early_stop = EarlyStop([0.0, 1.0], [0.5])
 
 
 class Picky(ModelDrafter):
     """Leaves the first token it is not sure of out of the draft, which gives the drafted ones away as likely ones."""
 
-    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
-        made = super().draft(length)
-        assert made.confidence is not None and made.probabilities is not None
-        sure = int((made.confidence > 0.5).long().cumprod(0).sum())
-        return Draft(made.ids[:sure], made.probabilities[:sure], made.confidence[:sure])
+    def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
+        made = self.draft(state, length)
+        assert made.confidence is not None and made.q is not None
+        likely = int((made.confidence > 0.5).long().cumprod(-1).sum())
+        return Draft(made.ids[:, :likely], made.q[:, :likely], made.confidence[:, :likely])
 
 
 def decoded(lengths: Fixed, rule: str, trials: int, kind: type[ModelDrafter] = ModelDrafter) -> float:
@@ -487,8 +492,8 @@ SPOKEN = [
 class Again(ModelDrafter):
     """Drafts the last token over and over, drawn from nothing."""
 
-    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
-        return Draft(torch.full((length,), self.tokens[-1]))
+    def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
+        return Draft(state.last.expand(1, length))
 
 
 def share(says: tuple[float, ...]) -> Tensor:

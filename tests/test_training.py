@@ -1,5 +1,5 @@
-"""The drafter recipe end to end on a tiny Llama: data that goes on where it stopped, a loss that falls, a run that
-resumes bit by bit, and a checkpoint that transformers loads and the engine drafts with."""
+"""The training recipe end to end on a tiny Llama: generation that resumes, a loss that falls, training that resumes
+bitwise exactly, and a checkpoint that transformers loads and the engine drafts with."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from spec_decode.draft_length import Fixed
 from spec_decode.drafters.mtp import MTPDrafter
 from spec_decode.errors import UserError
 from spec_decode.settings import Settings
-from spec_decode.target import Pass, Target
+from spec_decode.target import Target
 from spec_decode.text import TextStream
 from spec_decode.training import data, lists, prompts, train
 from spec_decode.training.assistant import Learner, Shape, save
@@ -33,7 +33,7 @@ WRITING = data.Writing(slots=6, length=48, prompt=12, answer=(8, 24), shard=150)
 
 
 class Template(tiny.Characters):
-    """One character a token, and turns that begin and end with one."""
+    """One character a token, with a template of one token before the user turn and two after it."""
 
     chat_template = "there is one"
 
@@ -42,7 +42,7 @@ class Template(tiny.Characters):
 
 
 def target(**changes: Any) -> Any:
-    # A vocabulary that lists divide and a model as certain of its words as a trained one
+    # A vocabulary that lists divide, and logits as peaked as those of a trained model
     model = tiny.model("llama", **{"initializer_range": 0.5, "eos_token_id": None, **changes})
     model.generation_config.eos_token_id = None
     return model
@@ -59,7 +59,7 @@ def written(folder: Path, tokens: int, seed: int = 0) -> int:
 
 @pytest.fixture(scope="module")
 def texts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Written in float32, so that it can be compared; elsewhere on the CPU in int8."""
+    """Generated in float32, for comparison with a plain pass; other tests on the CPU use int8."""
     folder = tmp_path_factory.mktemp("texts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data.cpu, "quantize_linears", lambda model: None)
@@ -67,7 +67,7 @@ def texts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_texts_are_what_the_target_says(texts_folder: Path) -> None:
+def test_texts_hold_the_states_of_the_target(texts_folder: Path) -> None:
     """Ids, hidden states, keys, values and likely tokens of a text, against one plain pass over it."""
     texts = data.Texts([texts_folder])
     model = target()
@@ -99,7 +99,7 @@ def test_greedy_answers_are_greedy(texts_folder: Path) -> None:
     assert checked > 100
 
 
-def test_writing_goes_on_without_repeating_itself(tmp_path: Path) -> None:
+def test_generation_resumes_without_repeating_prompts(tmp_path: Path) -> None:
     have = written(tmp_path, 400)
     before = [path.read_bytes() for path in data.shards(tmp_path)]
     assert written(tmp_path, 400) == have
@@ -118,14 +118,14 @@ def test_writing_goes_on_without_repeating_itself(tmp_path: Path) -> None:
     assert total == more
 
 
-def test_held_out_prompts_are_kept_out(tmp_path: Path) -> None:
+def test_held_out_prompts_do_not_occur(tmp_path: Path) -> None:
     """Of a set of four prompts two are held out; the other two remain."""
     words = ["one red house", "two green trees and a very long and winding road", "three blue boats", "four"]
 
     def some(rng: random.Random) -> Iterator[prompts.Opening]:
         while True:
             yield prompts.Opening("chat", Template()(rng.choice(words))["input_ids"], None)
-            # what is known or barred is passed over; strangers keep the slots busy
+            # known and held-out prompts are skipped; random ones fill the slots
             yield prompts.Opening("chat", [rng.randrange(80) for _ in range(9)], None)
 
     held = prompts.HeldOut(["One red house!", "see two green trees and a very long and winding road ahead"])
@@ -141,10 +141,8 @@ def test_held_out_prompts_are_kept_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [2, 20])
-def test_writing_ends_when_there_are_no_more_prompts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    """More slots than prompts and fewer: each is written once, and asking again adds nothing."""
+def test_generation_ends_when_no_prompts_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """More slots than prompts and fewer: each prompt occurs once, and a second call adds nothing."""
     monkeypatch.setattr(data, "MANY", 100)
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(number)))
@@ -168,17 +166,17 @@ QUICK = train.Training(steps=120, texts=4, rate=1e-2, warmup=5, unroll=3, vocabu
 
 
 def rows(folder: Path) -> list[list[float]]:
-    """Of the curve, without its column of seconds."""
+    """The rows of the curve without the column of seconds."""
     lines = (folder / "curve.csv").read_text().splitlines()[1:]
     return [[float(x) for i, x in enumerate(line.split(",")) if i != 4] for line in lines]
 
 
-def test_it_learns(texts_folder: Path, tmp_path: Path) -> None:
+def test_training_reduces_the_loss_and_improves_first_drafts(texts_folder: Path, tmp_path: Path) -> None:
     train.train(learner(), [texts_folder], tmp_path, QUICK)
     curve = rows(tmp_path)
     assert [row[0] for row in curve] == [40, 80, 120]
     assert curve[-1][2] < 0.9 * curve[0][2]
-    assert curve[-1][4] > 1.5 * curve[0][4]  # first drafts that are right
+    assert curve[-1][4] > 1.5 * curve[0][4]  # share of correct first drafts
 
 
 def test_resuming_is_exact(texts_folder: Path, tmp_path: Path) -> None:
@@ -195,7 +193,7 @@ def test_resuming_is_exact(texts_folder: Path, tmp_path: Path) -> None:
 
 
 class Stop:
-    """Interrupts a run in the step after a checkpoint, as its next report is due."""
+    """Interrupts a run at the report after the checkpoint of step `at`."""
 
     def __init__(self, at: int) -> None:
         self.at = at
@@ -205,7 +203,7 @@ class Stop:
             raise KeyboardInterrupt
 
 
-def test_the_average_stands_in_and_leaves_again() -> None:
+def test_averaged_weights_are_swapped_in_and_out() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
     average = train.Average([parameter], horizon=4)
     values, expected = [1.0, 2.0, 4.0, 8.0] * 10, 0.0
@@ -221,10 +219,10 @@ def test_the_average_stands_in_and_leaves_again() -> None:
     with torch.no_grad():
         parameter.zero_()
     with average.instead():
-        assert parameter.tolist() == pytest.approx([expected] * 2), "it no longer follows what it gave away"
+        assert parameter.tolist() == pytest.approx([expected] * 2), "settled values are a copy"
 
 
-def test_a_drafter_goes_on_from_another(tmp_path: Path) -> None:
+def test_a_drafter_is_initialized_from_another(tmp_path: Path) -> None:
     first = learner()
     with torch.no_grad():
         for parameter in first.assistant.parameters():
@@ -235,7 +233,7 @@ def test_a_drafter_goes_on_from_another(tmp_path: Path) -> None:
     second.adopt(tmp_path)
     theirs = dict(first.assistant.named_parameters())
     for name, mine in second.assistant.named_parameters():
-        # the head is the target's
+        # the head is not adopted, it is the target's
         assert torch.equal(mine, theirs[name]) == ("embed_tokens" not in name), name
 
     elsewhere = learner(layers=(2, 3))
@@ -251,8 +249,8 @@ def test_a_drafter_goes_on_from_another(tmp_path: Path) -> None:
         learner().adopt(tmp_path / "nowhere")
 
 
-def test_a_round_is_what_inference_does(texts_folder: Path) -> None:
-    """The unrolled steps at one place, against the engine drafting from the same state."""
+def test_a_training_round_equals_a_draft_at_inference(texts_folder: Path) -> None:
+    """The unrolled steps at one position against the engine's draft from the same state."""
     mine = learner()
     model = target()
     texts = data.Texts([texts_folder])
@@ -266,17 +264,16 @@ def test_a_round_is_what_inference_does(texts_folder: Path) -> None:
     drafter = MTPDrafter(mine.assistant.eval(), lead)
     ids = batch.ids[0]
     cache = lead.new_cache(64)
-    seen = lead.prefill(ids[:at], cache, hidden=True)
-    for layer in LAYERS:  # as the texts hold them
+    lead.prefill(ids[:at], cache, hidden=True)
+    for layer in LAYERS:  # the recorded keys and values
         for kept, own in zip(batch.kv[layer], (cache.layers[layer].keys, cache.layers[layer].values), strict=True):
             with torch.inference_mode():
                 own[:, :, :at] = kept[:, :, :at]
-    seen = Pass(seen.logits, batch.hidden[0, at - 1 : at], cache)
     drafter.start(ids[:at].tolist(), Settings(temperature=1.0), 64)
-    drafter.extend([int(ids[at])], seen)
-    made = drafter.draft(1)
+    made = tiny.drafted(drafter, 1, after=tiny.state(ids[: at + 1].tolist(), cache, batch.hidden[0, at - 1]))
+    assert made.q is not None
     logits = outputs[0] @ mine.head.T
-    torch.testing.assert_close(made.probabilities[0], logits.softmax(-1), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(made.q[0, 0], logits.softmax(-1), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", [True, False], ids=["whole", "without head"])
@@ -309,20 +306,20 @@ def test_a_checkpoint_loads_and_drafts(texts_folder: Path, tmp_path: Path, head:
     assert passes < tokens
 
 
-def test_lists_are_of_equal_size_and_hold_every_token() -> None:
+def test_lists_have_equal_size_and_hold_every_token() -> None:
     rows = torch.randn(96, 16, generator=torch.Generator().manual_seed(0))
     order = lists.balanced(rows, torch.rand(96), 8, seed=0)
     assert sorted(order.tolist()) == list(range(96))
     close = torch.nn.functional.normalize(rows, dim=-1)
     within = torch.stack([(close[part] @ close[part].T).mean() for part in order.view(8, 12)]).mean()
-    anyhow = (close @ close.T).mean()
-    assert within > anyhow + 0.05
+    overall = (close @ close.T).mean()
+    assert within > overall + 0.05
 
 
-def test_no_prompt_that_the_embedded_drafter_learnt_from_is_held_out() -> None:
+def test_no_training_prompt_of_the_embedded_drafter_is_held_out() -> None:
     assets = Path(__file__).parents[1] / "assets"
     kept = [entry["prompt"] for name in ("heldout", "examples") for entry in prompts.read(assets / f"{name}.jsonl")]
     held_out = prompts.HeldOut(kept)
-    learnt = prompts.read(assets / "prompts.jsonl")
-    assert len({prompts.fingerprint(entry["prompt"]) for entry in learnt}) == len(learnt) > 2000
-    assert not [entry["prompt"] for entry in learnt if entry["prompt"] in held_out]
+    trained_on = prompts.read(assets / "prompts.jsonl")
+    assert len({prompts.fingerprint(entry["prompt"]) for entry in trained_on}) == len(trained_on) > 2000
+    assert not [entry["prompt"] for entry in trained_on if entry["prompt"] in held_out]

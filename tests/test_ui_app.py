@@ -6,24 +6,28 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ui_fakes import FakePair, FakeRace, fake_load
+from ui_fakes import FakeRace, FakeSource, fake_load
 
 import app
-from spec_decode.embedded import NAME as EMBEDDED_NAME
 from spec_decode.errors import ModelError, OutOfMemory, PromptError, SettingsError
+from spec_decode.events import Trace
+from spec_decode.loading.embedded import NAME as EMBEDDED_NAME
+from spec_decode.request import Request
+from spec_decode.session.caption import caption
+from spec_decode.session.feed import Feed
+from spec_decode.session.stream import View
+from spec_decode.session.stream import run as stream
 from spec_decode.settings import Settings
 from spec_decode.ui import Engine, Limits
-from spec_decode.ui.caption import caption
-from spec_decode.ui.controls import help_updates
-from spec_decode.ui.feed import Feed
+from spec_decode.ui.controls import POLICIES, RULES, help_updates
 from spec_decode.ui.form import CONTROLS, RULE_HELP, drafter_help, problem, settings_from_form
 from spec_decode.ui.layout import examples
-from spec_decode.ui.run import Asked, run
 from spec_decode.ui.terms import TERMS
 from spec_decode.ui.wiring import TraceFiles, note_html, status_html
 
@@ -31,8 +35,8 @@ FORM = {"policy": "adaptive", "draft_length": 4, "temperature": 0, "top_p": 1, "
 FORM |= {"max_new_tokens": 32, "seed": 0, "rule": "auto", "lenience": 0.3}
 
 
-def ready(pair: FakePair, **options: Any) -> Engine:
-    engine = Engine(fake_load(pair), FakeRace, ("lookup", "broken"), **options)
+def ready(source: FakeSource, **options: Any) -> Engine:
+    engine = Engine(fake_load(source), **options)
     engine.start()
     wait(lambda: engine.status().phase != "loading")
     return engine
@@ -45,13 +49,23 @@ def wait(true: Any, seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
-def asked(**more: Any) -> Asked:
-    return Asked(**{"visitor": "v", "prompt": "hello", "settings": Settings(max_new_tokens=20), **more})
+def asked(**more: Any) -> Request:
+    return Request(**{"prompt": "hello", "settings": Settings(max_new_tokens=20), **more})
+
+
+def run(engine: Engine, request: Request, feed: Feed) -> Generator[View]:
+    """The stream of a race for the visitor v."""
+    views = stream(engine, "v", request, feed)
+    assert isinstance(views, Generator)
+    return views
 
 
 def test_the_form_becomes_settings() -> None:
     assert settings_from_form(FORM).draft_length == "adaptive"
     assert settings_from_form(FORM | {"policy": "fixed"}).draft_length == 4
+    assert {value for _, value in POLICIES} == {"adaptive", "rate", "fixed"}
+    for policy in ("rate", "threshold"):  # what "rate" was called before
+        assert settings_from_form(FORM | {"policy": policy}).draft_length == "rate"
     assert settings_from_form(FORM | {"lenience": None}).rule == "greedy", "what is not in use is not judged"
     assert settings_from_form(FORM | {"rule": "threshold", "lenience": 0.5, "temperature": 1}).lenience == 0.5
     for name, value in [
@@ -67,28 +81,29 @@ def test_the_form_becomes_settings() -> None:
         updates = dict(zip(CONTROLS, help_updates(FORM | {name: value}, wrong), strict=True))
         assert str(wrong) in updates[name]["info"] and updates[name]["elem_classes"] == ["sd-wrong"]
         assert all(not u["elem_classes"] for key, u in updates.items() if key != name)
+    assert isinstance(problem(FORM | {"rule": ["threshold"]}), SettingsError)
     assert problem(FORM | {"policy": "fixed", "draft_length": 17}).field == "draft_length"  # type: ignore[union-attr]
 
 
 def test_a_race_ends_in_a_trace_and_frees_its_memory() -> None:
-    pair = FakePair()
-    views = list(run(ready(pair), asked(), Feed()))
+    source = FakeSource()
+    views = list(run(ready(source), asked(), Feed()))
     assert views[-1].trace is not None and views[-1].trace.finish == {"baseline": "length", "speculative": "length"}
     assert json.loads(views[-1].batch)["phase"] == "done" and json.loads(views[-1].batch)["figures"]["final"]
-    wait(lambda: pair.races[0].closed)
+    wait(lambda: source.races[0].closed)
 
 
 def test_a_visitor_who_leaves_frees_the_device() -> None:
-    pair = FakePair(pace=1, context=2000)
-    views = run(ready(pair), asked(settings=Settings(max_new_tokens=1000)), Feed())
+    source = FakeSource(pace=1, context=2000)
+    views = run(ready(source), asked(settings=Settings(max_new_tokens=1000)), Feed())
     next(views)
     views.close()
-    wait(lambda: pair.races[0].stopped and pair.races[0].closed)
+    wait(lambda: source.races[0].stopped and source.races[0].closed)
 
 
 def test_stop_ends_within_a_round_and_keeps_the_text() -> None:
-    pair = FakePair(pace=1, context=2000)
-    engine = ready(pair)
+    source = FakeSource(pace=1, context=2000)
+    engine = ready(source)
     views = run(engine, asked(settings=Settings(max_new_tokens=1000)), Feed())
     next(views)
     assert engine.stop("v") and not engine.stop("somebody else")
@@ -99,8 +114,8 @@ def test_stop_ends_within_a_round_and_keeps_the_text() -> None:
 
 
 def test_a_long_prompt_tells_how_far_it_is_read_and_can_be_stopped() -> None:
-    pair = FakePair(chunks=500, chunk_seconds=0.05)
-    engine = ready(pair)
+    source = FakeSource(chunks=500, chunk_seconds=0.05)
+    engine = ready(source)
     views = run(engine, asked(), Feed())
     told = [json.loads(next(views).batch) for _ in range(4)]
     assert all(not batch["rounds"] and batch["phase"] == "running" for batch in told)
@@ -113,11 +128,11 @@ def test_a_long_prompt_tells_how_far_it_is_read_and_can_be_stopped() -> None:
     views = run(engine, asked(), Feed())
     next(views), next(views)
     views.close()
-    wait(lambda: pair.races[1].closed)
+    wait(lambda: source.races[1].closed)
 
 
 def test_nothing_is_said_of_the_prompt_once_there_are_tokens() -> None:
-    views = list(run(ready(FakePair(chunks=3, chunk_seconds=0.1)), asked(), Feed()))
+    views = list(run(ready(FakeSource(chunks=3, chunk_seconds=0.1)), asked(), Feed()))
     batches = [json.loads(view.batch) for view in views]
     assert any("reading" in batch for batch in batches)
     assert not any("reading" in batch for batch in batches if batch["stats"]["baseline"]["tokens"])
@@ -125,7 +140,7 @@ def test_nothing_is_said_of_the_prompt_once_there_are_tokens() -> None:
 
 
 def test_a_race_over_its_time_ends_like_stop_and_says_why() -> None:
-    engine = ready(FakePair(pace=1, context=2000), limits=Limits(seconds=0.5))
+    engine = ready(FakeSource(pace=1, context=2000), limits=Limits(seconds=0.5))
     *_, last = run(engine, asked(settings=Settings(max_new_tokens=1000)), Feed())
     assert last.notice is not None and "0.5 seconds" in last.notice and last.problem is None
     assert last.trace is not None and set(last.trace.finish.values()) == {"time"} and len(last.trace.rounds) > 3
@@ -138,16 +153,16 @@ def test_settings_over_the_limit_are_told_at_their_control() -> None:
     assert isinstance(wrong, SettingsError) and wrong.field == "max_new_tokens" and "at most 31" in str(wrong)
     assert problem(FORM | {"max_new_tokens": 31}, limits) is None
     with pytest.raises(SettingsError, match="at most 31"):
-        next(run(ready(FakePair(), limits=limits), asked(settings=Settings(max_new_tokens=32)), Feed()))
+        next(run(ready(FakeSource(), limits=limits), asked(settings=Settings(max_new_tokens=32)), Feed()))
 
 
 def test_every_touch_of_the_model_is_on_one_thread() -> None:
     threads = set()
 
     class Watched(FakeRace):
-        def __init__(self, *args: Any, **options: Any) -> None:
+        def __init__(self, *args: Any) -> None:
             threads.add(threading.get_ident())
-            super().__init__(*args, **options)
+            super().__init__(*args)
 
         def steps(self) -> Any:
             for r in super().steps():
@@ -158,29 +173,32 @@ def test_every_touch_of_the_model_is_on_one_thread() -> None:
             threads.add(threading.get_ident())
             super().close()
 
-    pair = FakePair()
-    engine = Engine(fake_load(pair), Watched)
+    class WatchedSource(FakeSource):
+        def race(self, request: Request) -> Watched:
+            return Watched(self, request)
+
+    source = WatchedSource()
+    engine = Engine(fake_load(source))
     engine.start()
     wait(lambda: engine.status().phase == "ready")
     list(run(engine, asked(), Feed()))
-    wait(lambda: pair.races[0].closed)
+    wait(lambda: source.races[0].closed)
     assert len(threads) == 1 and threading.get_ident() not in threads
 
 
 def test_out_of_memory_keeps_what_came_before() -> None:
-    engine = ready(FakePair(memory=10))
+    engine = ready(FakeSource(memory=10))
     views = list(run(engine, asked(), Feed()))
     assert "out of memory" in str(views[-1].problem) and json.loads(views[-1].batch)["phase"] == "failed"
     assert views[-1].trace is not None and len(views[-1].trace.lane("baseline")) == 10
-    race = engine.open("v", "hello", Settings(), None, None, False)
+    race = engine.open("v", Request("hello"))
     assert len(race.advance(10)[0]) > 10, "rounds before the failure come first"
     with pytest.raises(OutOfMemory):
         race.advance(10)
 
 
 def test_prompts_and_drafters_that_cannot_be() -> None:
-    pair = FakePair(context=100)
-    engine = ready(pair)
+    engine = ready(FakeSource(context=100, others=("lookup", "broken")))
     with pytest.raises(PromptError) as caught:
         next(run(engine, asked(prompt="word " * 200), Feed()))
     assert (caught.value.tokens, caught.value.limit) == (200, 80)
@@ -193,29 +211,20 @@ def test_prompts_and_drafters_that_cannot_be() -> None:
     assert trace is not None and trace.pair["drafter"] == "lookup"
 
 
-def test_the_own_drafter_comes_back_by_the_name_it_was_loaded_by() -> None:
-    pair = FakePair()
-    engine = ready(pair, own="/models/a-drafter")
-    assert engine.status().drafters == ("fake-drafter", "lookup", "broken")
-    list(run(engine, asked(drafter="lookup"), Feed()))
-    list(run(engine, asked(drafter="fake-drafter"), Feed()))
-    assert pair.drafter == "/models/a-drafter"
-
-
 def test_a_failed_load_is_told_and_can_be_tried_again() -> None:
     tries = []
 
-    def load(progress: Any) -> FakePair:
+    def load(progress: Any) -> FakeSource:
         tries.append(1)
         if len(tries) == 1:
             raise ModelError("The model could not be fetched.")
         if len(tries) == 2:
             raise RuntimeError("boom")
-        return FakePair()
+        return FakeSource()
 
-    engine = Engine(load, FakeRace)
+    engine = Engine(load)
     with pytest.raises(ModelError, match="not ready"):
-        engine.open("v", "hello", Settings(), None, None, False)
+        engine.open("v", Request("hello"))
     for phase, words in (("failed", "could not be fetched"), ("failed", "RuntimeError: boom"), ("ready", "Ready")):
         engine.start()
         wait(lambda phase=phase, words=words: engine.status().phase == phase and words in engine.status().message)
@@ -224,13 +233,13 @@ def test_a_failed_load_is_told_and_can_be_tried_again() -> None:
 
 
 def test_names_from_outside_are_text() -> None:
-    engine = Engine(fake_load(FakePair()), FakeRace)
+    engine = Engine(fake_load(FakeSource()))
     assert "<b>" not in status_html(replace(engine.status(), message="<b>x</b>"))
     assert "<img" not in note_html("<img onerror=x>")["value"]
 
 
 def test_the_status_names_the_drafter_in_use_and_says_that_the_embedded_model_is_tiny() -> None:
-    now = ready(FakePair()).status()
+    now = ready(FakeSource()).status()
     assert "fake-drafter" in status_html(now)
     chosen = status_html(now, busy=True, drafter="<b>mtp+lookup")
     assert "fake-drafter" not in chosen and "&lt;b&gt;" in chosen and "135 million" not in chosen
@@ -244,26 +253,29 @@ def test_help_lines_explain_what_is_chosen() -> None:
     assert TERMS["mtp"] in drafter_help("mtp+lookup") and TERMS["lookup"] in drafter_help("mtp+lookup")
     assert drafter_help("some/model") == drafter_help(None) and drafter_help(None).endswith(".")
     assert RULE_HELP["coupled"] == TERMS["coupled"] and "same noise" in RULE_HELP["auto"]
+    assert [name for _, name in RULES] == list(RULE_HELP) and ("threshold (lossy)", "threshold") in RULES
+    assert all(help.endswith(".") for help in RULE_HELP.values())
     assert all(len(sentence) < 230 and sentence.endswith(".") for sentence in TERMS.values())
 
 
 def test_a_batch_says_what_was_run() -> None:
     wanted = asked(prompt="p" * 900, settings=Settings(max_new_tokens=20, temperature=0.7, top_k=9), system="Be brief.")
-    about = json.loads(next(run(ready(FakePair()), wanted, Feed())).batch)["about"]["ran"]
+    about = json.loads(next(run(ready(FakeSource()), wanted, Feed())).batch)["about"]["ran"]
     said = " ".join(about["settings"])
     for part in ("fake-target + fake-drafter on cpu, int8", "rule coupled", "temperature 0.7", "top-k 9", "Be brief."):
         assert part in said
     assert "top-p" not in said and "(900 characters)" in about["prompt"] and len(about["prompt"]) < 900
-    greedy = " ".join(caption("hello", Settings(seed=5), {"target": "t"})["settings"])
+    greedy = " ".join(caption(Request("hello", Settings(seed=5)), {"target": "t"})["settings"])
     assert "seed" not in greedy, "what had no effect is not listed"
-    assert "lossy" in " ".join(caption("hello", Settings(rule="threshold"), {"target": "t"})["settings"])
+    assert "lossy" in " ".join(caption(Request("hello", Settings(rule="threshold")), {"target": "t"})["settings"])
 
 
 def test_only_the_last_traces_are_kept() -> None:
     files = TraceFiles(keep=2)
-    paths = [Path(files.write(str(i))) for i in range(4)]
+    race = FakeSource().race(asked())
+    paths = [Path(files.write(race.trace)) for _ in range(4)]
     assert [p.exists() for p in paths] == [False, False, True, True]
-    assert paths[-1].read_text() == "3" and paths[-1].name == "spec-decode-trace.json"
+    assert Trace.from_json(paths[-1].read_text()) == race.trace and paths[-1].name == "spec-decode-trace.json"
 
 
 def test_examples_are_whole_and_fit_a_small_model() -> None:

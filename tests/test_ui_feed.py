@@ -8,18 +8,19 @@ import sys
 import time
 
 import pytest
-from ui_fakes import FakePair, FakeRace
+from ui_fakes import FakeSource
 
 from spec_decode import metrics
 from spec_decode.events import BASELINE, SPECULATIVE, Round, Token, Trace
+from spec_decode.request import Request
+from spec_decode.session.curves import POINTS, Curves, Throttle, final, running_acceptance, windowed_rate
+from spec_decode.session.feed import Feed, Feeds, dumps, encode_round, idle
+from spec_decode.session.tally import Tally
 from spec_decode.settings import Settings
-from spec_decode.ui.feed import Feed, Feeds, dumps, encode_round, idle
-from spec_decode.ui.plots import POINTS, Curves, Throttle, final, running_acceptance, windowed_rate
-from spec_decode.ui.tally import Tally
 
 
 def trace(**settings: object) -> Trace:
-    race = FakeRace(FakePair(context=40_000), "hello", Settings(**settings))  # type: ignore[arg-type]
+    race = FakeSource(context=40_000).race(Request("hello", Settings(**settings)))  # type: ignore[arg-type]
     list(race)
     return race.trace
 

@@ -1,4 +1,4 @@
-"""Tiny random models of real classes, and a tokenizer that costs nothing: what the engine's tests race."""
+"""Tiny random models of real classes, a scripted drafter and a pair around them: what the engine's tests race."""
 
 from __future__ import annotations
 
@@ -8,14 +8,6 @@ import torch
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    Gemma4AssistantConfig,
-    Gemma4AssistantForCausalLM,
-    Gemma4ForCausalLM,
-    Gemma4TextConfig,
-    Gemma4UnifiedAssistantConfig,
-    Gemma4UnifiedAssistantForCausalLM,
-    Gemma4UnifiedForCausalLM,
-    Gemma4UnifiedTextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -25,118 +17,68 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from spec_decode.draft_length import GoOn
-from spec_decode.drafters import Draft
+from spec_decode.cache import RollbackCache
+from spec_decode.check.tiny import COMMON, GEMMA4, SLIDING, VOCABULARY, WINDOW, Characters, gemma4  # noqa: F401
+from spec_decode.draft_length import EarlyStop
+from spec_decode.drafters import Draft, Drafter
+from spec_decode.state import State
 from spec_decode.target import Target
 
-VOCABULARY = 96
-WINDOW = 16
-_COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.3,  # logits far enough apart that float32 rounding decides nothing
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-_SLIDING = ["sliding_attention", "full_attention"] * 2
+CPU = torch.device("cpu")
 
 
 def model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A tiny random float32 model of a real class, in evaluation mode."""
     torch.manual_seed(seed)
-    options = {**_COMMON, **changes}
+    options = {**COMMON, **changes}
     made: PreTrainedModel
     if kind == "llama":
         made = LlamaForCausalLM(LlamaConfig(**options))
     elif kind == "gemma3":
-        made = Gemma3ForCausalLM(Gemma3TextConfig(**options, head_dim=8, sliding_window=WINDOW, layer_types=_SLIDING))
+        made = Gemma3ForCausalLM(Gemma3TextConfig(**options, head_dim=8, sliding_window=WINDOW, layer_types=SLIDING))
     elif kind == "qwen2":
         made = Qwen2ForCausalLM(Qwen2Config(**options))
     elif kind == "qwen3":
         made = Qwen3ForCausalLM(
-            Qwen3Config(**options, head_dim=8, use_sliding_window=True, sliding_window=WINDOW, layer_types=_SLIDING)
+            Qwen3Config(**options, head_dim=8, use_sliding_window=True, sliding_window=WINDOW, layer_types=SLIDING)
         )
     else:
         raise ValueError(kind)
     return made.eval()
 
 
-GEMMA4 = ["dense", "shared", "k_eq_v", "moe", "unified"]
+def state(tokens: list[int], cache: Any = None, hidden: torch.Tensor | None = None) -> State:
+    """A lane after these tokens, the last of which the target has not read; `hidden` `[H]` predicted it."""
+    made = State.after(tokens, len(tokens), RollbackCache.__new__(RollbackCache) if cache is None else cache, CPU)
+    made.hidden = None if hidden is None else hidden.view(1, -1)
+    return made
 
 
-def gemma4(kind: str, seed: int = 0, ordered: bool = False, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A tiny random Gemma 4 target of a real shape and the assistant to it, float32.
-
-    dense; shared: E2B and E4B, later layers reuse keys and values, are twice as wide, and every layer has its own
-    embedding; k_eq_v: 31B, one projection for keys and values in full attention, fewer heads there; moe: 26B-A4B, the
-    same with a mixture of experts; unified: 12B, the same in classes of its own.
-    """
-    torch.manual_seed(seed)
-    layers = 6 if kind == "shared" else 4
-    options: dict[str, Any] = {
-        **_COMMON,
-        "num_hidden_layers": layers,
-        "head_dim": 8,
-        "global_head_dim": 16,
-        "sliding_window": WINDOW,
-        "layer_types": _SLIDING[:2] * (layers // 2),
-        **changes,
-    }
-    merged = kind in ("k_eq_v", "moe", "unified")
-    heads = {"attention_k_eq_v": True, "num_global_key_value_heads": 1} if merged else {}
-    own: dict[str, Any] = {"hidden_size_per_layer_input": 0, **heads}
-    if kind == "shared":
-        own |= {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "use_double_wide_mlp": True}
-        own["vocab_size_per_layer_input"] = options["vocab_size"]
-    if kind == "moe":
-        own |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
-    small = {**options, "hidden_size": 16, "num_hidden_layers": 2, "layer_types": _SLIDING[:2], **heads}
-    lists = {"use_ordered_embeddings": ordered, "num_centroids": 8, "centroid_intermediate_top_k": 3}
-    target: PreTrainedModel
-    assistant: PreTrainedModel
-    if kind == "unified":
-        target = Gemma4UnifiedForCausalLM(Gemma4UnifiedTextConfig(**options, **heads))
-        assistant = Gemma4UnifiedAssistantForCausalLM(
-            Gemma4UnifiedAssistantConfig(
-                text_config=Gemma4UnifiedTextConfig(**small), backbone_hidden_size=options["hidden_size"], **lists
-            )
-        )
-    else:
-        target = Gemma4ForCausalLM(Gemma4TextConfig(**options, **own))
-        text = Gemma4TextConfig(
-            **small, hidden_size_per_layer_input=0, vocab_size_per_layer_input=0, num_kv_shared_layers=2
-        )
-        assistant = Gemma4AssistantForCausalLM(
-            Gemma4AssistantConfig(text_config=text, backbone_hidden_size=options["hidden_size"], **lists)
-        )
-    if ordered:
-        assistant.masked_embedding.token_ordering.copy_(torch.randperm(options["vocab_size"]))  # type: ignore[operator, union-attr]
-    return target.eval(), assistant.eval()
+def read(target: Target, prompt: list[int], last: int, room: int = 32) -> State:
+    """The state after `target` has read `prompt`, whatever it predicts, and `last` was emitted."""
+    cache = target.new_cache(len(prompt) + room)
+    passed = target.prefill(torch.tensor(prompt), cache, hidden=True)
+    assert passed.hidden is not None
+    return state([*prompt, last], cache, passed.hidden[0])
 
 
-class Characters:
-    """A tokenizer of one character a token."""
-
-    chat_template = None
-
-    def decode(self, ids: list[int], **_: Any) -> str:
-        return "".join(chr(32 + i) for i in ids)
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [(ord(c) - 32) % VOCABULARY for c in text]}
+def drafted(drafter: Drafter, length: int, stop: EarlyStop | None = None, after: State | None = None) -> Draft:
+    """A draft as decoding asks for it; drafters on the host that keep the text themselves need no state."""
+    after = state([0]) if after is None else after
+    made = drafter.draft_on_host(after, length, stop)
+    return drafter.draft(after, length) if made is None else made
 
 
-class ScriptedDrafter:
+def ids(draft: Draft) -> list[int]:
+    """The drafted ids of the one row."""
+    (row,) = draft.ids.tolist()
+    return list(row)
+
+
+class ScriptedDrafter(Drafter):
     """Drafts what a function of (tokens so far, length) says; the sequence it was fed is there to look at."""
 
     name = "scripted"
-    needs_hidden = False
 
     def __init__(self, script: Any) -> None:
         self.script = script
@@ -146,11 +88,11 @@ class ScriptedDrafter:
     def start(self, prompt: list[int], settings: Any, capacity: int) -> None:
         self.tokens, self.closed = list(prompt), False
 
-    def extend(self, tokens: list[int], target: Any) -> None:
+    def extend(self, tokens: list[int]) -> None:
         self.tokens += tokens
 
-    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
-        return Draft(torch.tensor(self.script(self.tokens, length), dtype=torch.long))
+    def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
+        return Draft(torch.tensor([self.script(self.tokens, length)], dtype=torch.long), drafter=self.name)
 
     def close(self) -> None:
         self.closed = True

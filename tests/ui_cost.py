@@ -1,9 +1,9 @@
 """What showing a race costs: `PYTHONPATH=. python tests/ui_cost.py [--tokens 2000] [--pace 0.2]`.
 
-Serves the page over a fake pair, lets Chromium watch a long race, and reports shares of the wall time: drawing (series
-for the figures computed on the server), everything between two slices of engine work (drawing included), and the
-browser's own script time a batch and a drawing. The engine sleeps for its simulated steps, so that what it waits for
-is the app alone. At pace 0.2 a target pass takes 6 ms.
+Serves the page over a fake source, lets Chromium watch a long race, and reports shares of the wall time: drawing
+(series for the figures computed on the server), everything between two slices of engine work (drawing included), and
+the browser's own script time a batch and a drawing. The engine sleeps for its simulated steps, so that what it waits
+for is the app alone. At pace 0.2 a target pass takes 6 ms.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 from test_browser import CHROMIUM, FLAGS, Visitor
-from ui_fakes import FakePair, FakeRace, fake_load
+from ui_fakes import FakeSource, fake_load
 
+from spec_decode.session import stream as run_module
+from spec_decode.session.curves import Throttle
 from spec_decode.ui import Engine, build, launch_options
-from spec_decode.ui import run as run_module
-from spec_decode.ui.plots import Throttle
 
 SCRIPTS = """() => {
   const race = document.querySelector('.sd-race'), plots = document.querySelector('.sd-plots');
@@ -52,7 +52,7 @@ def main() -> None:
             super().close(visitor, race)
 
     run_module.Throttle = Counted  # type: ignore[misc]
-    engine = Watched(fake_load(FakePair(flags.pace, context=100_000)), FakeRace)
+    engine = Watched(fake_load(FakeSource(flags.pace, context=100_000)))
     page = build(engine)
     _, url, _ = page.launch(prevent_thread_lock=True, **launch_options())
     engine.start()

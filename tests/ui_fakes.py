@@ -1,7 +1,7 @@
-"""A pair and a race with no model: deterministic rounds at a chosen pace, for the tests of the app.
+"""A source and a race with no model: deterministic rounds at a chosen pace, for the tests of the app.
 
-`FakePair` and `FakeRace` speak the interface of `models.Pair` and `race.Race`. Texts come from a word list, or from
-`texts` where a test wants particular tokens; every figure derives from the seed, so two runs are equal.
+`FakeSource` and `FakeRace` are a `sources.Source` and its `Race`. Texts come from a word list, or from `texts` where a
+test wants particular tokens; every figure derives from the seed, so two runs are equal.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from spec_decode.errors import ModelError, OutOfMemory, PromptError
-from spec_decode.events import BASELINE, SPECULATIVE, Costs, Reading, Round, Token, Trace
-from spec_decode.settings import Settings
+from spec_decode.events import BASELINE, SPECULATIVE, Costs, Promises, Reading, Round, Token, Trace
+from spec_decode.request import Request
+from spec_decode.sources import chosen_drafter
 
 WORDS = (
     "The light of the sun enters a drop of rain , bends , and comes back in every colour at once . "
@@ -25,8 +26,12 @@ STEP = 0.030  # seconds of a simulated target pass
 DRAFT = 0.002  # seconds of a simulated draft step
 
 
-class FakePair:
-    """Two drafters by name, a context of 512 words, no weights."""
+class FakeSource:
+    """Drafters by name, a context of 512 words, no weights."""
+
+    promises = Promises()
+    recording = None
+    can_think = False
 
     def __init__(
         self,
@@ -34,20 +39,19 @@ class FakePair:
         texts: list[str] | None = None,
         context: int = 512,
         memory: int | None = None,
-        failing_drafter: str = "broken",
         chunks: int = 0,
         chunk_seconds: float = 0.2,
         hit: float = 0.72,
         silent: bool = False,
+        others: tuple[str, ...] = ("lookup", "mtp"),
     ) -> None:
         """`pace` scales simulated seconds to slept ones; `memory` is the round at which the memory runs out. A prompt
         takes `chunks` times `chunk_seconds` to read. `hit` is the chance of a draft, which a `silent` drafter never
-        makes."""
+        makes. Of the `others`, drafters besides its own, "broken" cannot be loaded."""
         self.chunks, self.chunk_seconds = chunks, chunk_seconds
         self.pace, self.texts, self.context, self.memory = pace, texts, context, memory
-        self.failing_drafter = failing_drafter
         self.hit, self.silent = hit, silent
-        self.drafter = "fake-drafter"
+        self.drafter, self.drafters = "fake-drafter", ("fake-drafter", *others)
         self.races: list[FakeRace] = []
         self.costs = Costs(STEP, (1.0, 1.03, 1.05, 1.08, 1.12, 1.18, 1.24, 1.3, 1.36), DRAFT / STEP)
 
@@ -55,28 +59,26 @@ class FakePair:
     def info(self) -> dict[str, Any]:
         return {"target": "fake-target", "drafter": self.drafter, "device": "cpu", "dtype": "int8"}
 
-    def use_drafter(self, name: str | None) -> None:
-        if name == self.failing_drafter:
-            raise ModelError(f"The drafter {name!r} has another tokenizer than the target.")
-        self.drafter = name or "fake-drafter"
+    def race(self, request: Request) -> FakeRace:
+        self.drafter = chosen_drafter(request, self.drafters)
+        if self.drafter == "broken":
+            raise ModelError("The drafter 'broken' has another tokenizer than the target.")
+        return FakeRace(self, request)
 
 
 class FakeRace:
     """Iterating yields rounds of both lanes, the lane whose clock is behind first."""
 
-    def __init__(
-        self, pair: FakePair, prompt: str, settings: Settings, system: str | None = None, truncate: bool = False
-    ) -> None:
-        tokens, limit = len(prompt.split()), pair.context - settings.max_new_tokens
-        if not prompt.strip():
-            raise PromptError("Write a prompt first.")
-        if tokens > limit and not truncate:
+    def __init__(self, source: FakeSource, request: Request) -> None:
+        tokens, limit = len(request.prompt.split()), source.context - request.settings.max_new_tokens
+        if tokens > limit and not request.truncate:
             raise PromptError(f"The prompt has {tokens} tokens; {max(limit, 0)} fit beside the output.", tokens, limit)
-        self.pair, self.prompt, self.settings, self.tokens = pair, prompt, settings, min(tokens, limit)
+        self.source, self.request, self.settings, self.tokens = source, request, request.settings, min(tokens, limit)
+        self.info = source.info
         self.rounds: list[Round] = []
         self.finish = {BASELINE: "running", SPECULATIVE: "running"}
         self.stopped = self.closed = False
-        pair.races.append(self)
+        source.races.append(self)
 
     def stop(self, why: str = "cancelled") -> None:
         self.stopped, self.why = True, why
@@ -87,24 +89,25 @@ class FakeRace:
     @property
     def trace(self) -> Trace:
         return Trace(
-            pair=self.pair.info,
-            settings=self.settings.to_dict(),
-            machine={"device": "fake"},
-            prompt=self.prompt,
+            request=self.request.to_dict(),
+            pair=self.info,
+            machine={"processor": "a fake machine"},
             prompt_tokens=self.tokens,
             rounds=tuple(self.rounds),
             finish=dict(self.finish),
-            costs=self.pair.costs,
+            costs=self.source.costs,
+            versions={"spec_decode": "0"},
+            date="2026-01-31T12:00:00Z",
         )
 
     def steps(self) -> Iterator[Round | Reading]:
-        """The prompt in `pair.chunks` chunks, then the rounds."""
-        for i in range(self.pair.chunks):
+        """The prompt in `source.chunks` chunks, then the rounds."""
+        for i in range(self.source.chunks):
             if self.stopped:
                 break
-            time.sleep(self.pair.chunk_seconds)
-            if i + 1 < self.pair.chunks:
-                yield Reading(i + 1, self.pair.chunks)
+            time.sleep(self.source.chunk_seconds)
+            if i + 1 < self.source.chunks:
+                yield Reading(i + 1, self.source.chunks)
         yield from self._rounds()
 
     def __iter__(self) -> Iterator[Round]:
@@ -123,22 +126,22 @@ class FakeRace:
                 del lanes[lane]
                 self.finish[lane] = "length"
                 continue
-            if self.pair.memory is not None and r.index >= self.pair.memory:
+            if self.source.memory is not None and r.index >= self.source.memory:
                 raise OutOfMemory("The device ran out of memory; ask for fewer new tokens.")
-            if self.pair.pace:
-                time.sleep((r.clock - clocks[lane]) * self.pair.pace)
+            if self.source.pace:
+                time.sleep((r.clock - clocks[lane]) * self.source.pace)
             clocks[lane] = r.clock
             self.rounds.append(r)
             yield r
 
     def _text(self, position: int) -> str:
-        if self.pair.texts is not None:
-            return self.pair.texts[position % len(self.pair.texts)]
+        if self.source.texts is not None:
+            return self.source.texts[position % len(self.source.texts)]
         word = WORDS[(position + self.settings.seed) % len(WORDS)]
         return word if word.strip() != word or position == 0 else " " + word
 
     def _token(self, position: int, role: Any, p: float, q: float | None = None, draft: int | None = None) -> Token:
-        place = position % len(self.pair.texts) if self.pair.texts else position
+        place = position % len(self.source.texts) if self.source.texts else position
         return Token(1000 + place, self._text(position), role, round(p, 4), q, draft)
 
     def _baseline(self) -> Iterator[Round]:
@@ -157,9 +160,9 @@ class FakeRace:
         while done < settings.max_new_tokens:
             fixed = settings.draft_length if isinstance(settings.draft_length, int) else noise.choice((0, 2, 4, 6))
             left = settings.max_new_tokens - done
-            drafted = 0 if self.pair.silent else min(fixed, left)
+            drafted = 0 if self.source.silent else min(fixed, left)
             accepted = 0
-            while accepted < drafted and noise.random() < self.pair.hit:
+            while accepted < drafted and noise.random() < self.source.hit:
                 accepted += 1
             tokens = [
                 self._token(done + i, "accepted", noise.uniform(0.5, 1), round(noise.uniform(0.4, 1), 4), i + 1)
@@ -182,13 +185,13 @@ class FakeRace:
             done, index = done + emitted, index + 1
 
 
-def fake_load(pair: FakePair, seconds: float = 0.0) -> Callable[[Callable[[str], None]], FakePair]:
-    """A loader for `ui.Engine` that reports two steps and returns `pair`."""
+def fake_load(source: FakeSource, seconds: float = 0.0) -> Callable[[Callable[[str], None]], FakeSource]:
+    """A loader for `ui.Engine` that reports two steps and returns `source`."""
 
-    def load(progress: Callable[[str], None]) -> FakePair:
+    def load(progress: Callable[[str], None]) -> FakeSource:
         progress("Reading weights")
         time.sleep(seconds)
         progress("Measuring the pair")
-        return pair
+        return source
 
     return load

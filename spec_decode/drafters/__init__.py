@@ -1,69 +1,95 @@
-"""Drafters: whatever guesses the next γ tokens cheaply.
+"""Drafters: whatever proposes the next γ tokens cheaply.
 
-A drafter is fed the sequence as it grows and asked for a draft; it never sees the target's verdict but through what
-was emitted. Where `Draft.probabilities` holds q, the ids were drawn from it.
+A drafter is asked for a draft after the text of a `State`. It never sees the target's verdict except through what was
+emitted. Where `Draft.q` is given, the ids were drawn from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # `kinds` must import without torch
+    from torch import Tensor
 
-from ..draft_length import GoOn
-from ..events import Reading
-from ..settings import Settings
-from ..target import Pass
+    from ..draft_length import EarlyStop
+    from ..events import Reading
+    from ..settings import Settings
+    from ..state import State
 
 
 @dataclass(frozen=True)
 class Draft:
-    """ids: int64 `[n]`, n ≤ γ, on the target's device. probabilities: q, float32 `[n, V]`, which the ids were drawn
-    from, or None when they were not drawn (lookup, argmax) or the rule does not ask (coupled). confidence: float32
-    `[n]`, the drafter's probability of each id, for the eye only."""
-
-    ids: Tensor
-    probabilities: Tensor | None = None
-    confidence: Tensor | None = None
-
-
-def joined(drawn: list[tuple[Tensor, Tensor | None, Tensor]], device: torch.device | None = None) -> Draft:
-    """The draft made of tokens from `sampling.draw`, one row each, on `device`."""
-    ids, q, confidence = zip(*drawn, strict=True)
-    sampled = None if q[0] is None else torch.cat(q).to(device)
-    return Draft(torch.cat(ids).to(device), sampled, torch.cat(confidence).to(device))
-
-
-def worth_more(drawn: list[tuple[Tensor, Tensor | None, Tensor]], go_on: GoOn | None) -> bool:
-    """What `go_on` says of tokens from `sampling.draw`. On an accelerator always yes: asking would wait for it."""
-    if go_on is None or drawn[-1][2].device.type != "cpu":
-        return True
-    return go_on([float(confidence) for _, _, confidence in drawn])
-
-
-class Drafter(Protocol):
-    """What decoding asks of a drafter. One instance serves one lane at a time; `start` begins a new sequence.
-
-    needs_hidden: the target's last hidden states are wanted in `extend`.
+    """ids: int64 `[rows, n]`, n ≤ γ, on the target's device.
+    q: float32 `[rows, n, V]`, which the ids were drawn from, or None when they were not drawn (lookup, argmax), or
+        where it was not computed because the rule does not ask for it (coupled).
+    confidence: float32 `[rows, n]`, the drafter's probability of each id.
+    stopped_early: whether an `EarlyStop` ended the draft; None where none was asked, so that its length was certain.
+    drafter: name of the drafter that made it.
+    top: the drafter's likeliest tokens at each position, ids int64 and probabilities float32 `[rows, n, TOP]`; None
+        where it has no probabilities.
     """
 
-    name: str
-    needs_hidden: bool
+    ids: Tensor
+    q: Tensor | None = None
+    confidence: Tensor | None = None
+    stopped_early: bool | None = None
+    drafter: str = ""
+    top: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def none(cls, state: State) -> Draft:
+        """No tokens."""
+        return cls(state.tokens[:, :0])
+
+
+class Drafter:
+    """What decoding asks of a drafter. One instance serves one lane at a time; `start` begins a new sequence.
+
+    name: as shown.
+    needs_hidden: `State.hidden` is wanted.
+    """
+
+    name: str = ""
+    needs_hidden: bool = False
 
     def start(self, prompt: list[int], settings: Settings, capacity: int) -> Iterable[Reading] | None:
         """A new sequence begins with `prompt`; it will not grow beyond `capacity` positions. A drafter with a cache of
         its own returns the reading of the prompt, a chunk at a time. Where nobody iterates over that, it reads the
         prompt when it is first asked for a draft."""
+        return None
 
-    def extend(self, tokens: list[int], target: Pass) -> None:
-        """`tokens` were emitted by the pass `target`; the next draft continues after the last of them."""
+    def extend(self, tokens: list[int]) -> None:
+        """`tokens` were emitted. The next draft continues after the last of them."""
 
-    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
-        """Up to `length` ≥ 1 tokens that may come next; where confidences are on the host anyway, no further than
-        `go_on` says."""
+    def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft | None:
+        """Up to `length` ≥ 1 tokens from a drafter that works on the host, or may end a draft early since it knows its
+        confidences there; None from one that is to be asked by `draft`, on the device."""
+        return None
+
+    def draft(self, state: State, length: int) -> Draft:
+        """`length` ≥ 1 tokens, without a wait for the device."""
+        raise NotImplementedError(f"{self.name} drafts on the host")
 
     def close(self) -> None:
         """The sequence is over; its memory can go."""
+
+    @property
+    def measured(self) -> Drafter:
+        """The drafter whose cost counts where this one is a combination."""
+        return self
+
+
+class NoDrafter(Drafter):
+    """The baseline's: there is no draft."""
+
+    def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
+        return Draft.none(state)
+
+
+def early(draft: Draft, stop: EarlyStop | None, most: int) -> Draft:
+    """The draft with word of whether `stop` ended it before `most` tokens. It could end none that is empty, or that
+    could have had one token only."""
+    count = draft.ids.shape[1]
+    return draft if stop is None or count == 0 or most == 1 else replace(draft, stopped_early=count < most)

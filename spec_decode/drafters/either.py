@@ -1,9 +1,9 @@
-"""Two drafters in one: prompt lookup where the text repeats itself, another where it does not.
+"""Two drafters in one: one on the host that finds repetitions, another where the text does not repeat itself.
 
-A match that lookup finds costs nothing to find and nothing to judge: what the target went on to say tells whether it
-was right, used or not. So each round goes to whichever of the two has lately been right more often, lookup's matches
-of every length judged apart. Whole drafts come from one or the other, so every rule stays exactly what it was. How far
-a match is followed depends on how often it lately held, and how often it then went on to hold.
+A match in the text costs nothing to find and nothing to judge: the target's next tokens tell whether it was right, used
+or not. So each round goes to whichever of the two has lately been right more often, matches of every length judged
+separately. Whole drafts come from one or the other, so every rule stays exactly what it was. How
+far a match is followed depends on how often it lately held, and how often it then continued to hold.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 
-from ..draft_length import GoOn
+from ..draft_length import EarlyStop
 from ..events import Reading
 from ..settings import Settings
-from ..target import Pass
-from . import Draft, Drafter
-from .lookup import LookupDrafter
+from ..state import State
+from . import Draft, Drafter, early
+from .matching import MatchingDrafter
 
 DECAY = 0.9
 # Share of first drafts expected to be right before any was seen, and the rounds that this counts for.
-AT_FIRST: dict[str | int, float] = {"other": 0.5, "going on": 0.85, 2: 0.4, 3: 0.6}
+AT_FIRST: dict[str | int, float] = {"other": 0.5, "going on": 0.85, 1: 0.2, 2: 0.4, 3: 0.6}
 LONG_MATCH = 0.75
 WEIGHT = 3.0
 FREE = 0.05  # by how much a draft that costs nothing may be the worse one
 
 
-class EitherDrafter:
+class EitherDrafter(Drafter):
     """Drafts with `lookup` or with `other`, whichever is likelier to be right now."""
 
-    def __init__(self, other: Drafter, lookup: LookupDrafter) -> None:
+    def __init__(self, other: Drafter, lookup: MatchingDrafter) -> None:
         self.other = other
         self.lookup = lookup
         self.name = f"{other.name}+{lookup.name}"
@@ -43,30 +43,38 @@ class EitherDrafter:
         self.asked = False  # the other made the latest draft
         return self.other.start(prompt, settings, capacity)
 
-    def extend(self, tokens: list[int], target: Pass) -> None:
+    def extend(self, tokens: list[int]) -> None:
         size, continuation = self.lookup.match(len(tokens))
         if size:
-            held = [a == b for a, b in zip(continuation, tokens, strict=True)]
-            self._learn(size, held[0])
+            held = [a == b for a, b in zip(continuation, tokens, strict=False)]
+            self._observe(size, held[0])
             for before, now in pairwise(held):
                 if not before:
                     break
-                self._learn("going on", now)
+                self._observe("going on", now)
         if self.asked:
-            self._learn("other", len(tokens) > 1)  # known without waiting for the device
+            self._observe("other", len(tokens) > 1)
             self.asked = False
-        self.lookup.extend(tokens, target)
-        self.other.extend(tokens, target)
+        self.lookup.extend(tokens)
+        self.other.extend(tokens)
 
-    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
-        size, _ = self.lookup.match(1)
+    def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft | None:
+        size, continuation = self.lookup.match(length)
         if size and self.rate(size) >= self.rate("other") - FREE:
-            sure = [self.rate(size)]
-            while len(sure) < length and (go_on is None or go_on(sure)):
-                sure.append(self.rate("going on"))
-            return self.lookup.draft(len(sure) if go_on else length)
+            confidences = [self.rate(size)]
+            while len(confidences) < len(continuation) and (stop is None or stop.go_on(confidences)):
+                confidences.append(self.rate("going on"))
+            made = self.lookup.drafted(continuation[: len(confidences)])
+            return early(made, stop, len(continuation))
         self.asked = True
-        return self.other.draft(length, go_on)
+        return self.other.draft_on_host(state, length, stop)
+
+    def draft(self, state: State, length: int) -> Draft:
+        return self.other.draft(state, length)
+
+    @property
+    def measured(self) -> Drafter:
+        return self.other.measured
 
     def close(self) -> None:
         self.lookup.close()
@@ -77,6 +85,6 @@ class EitherDrafter:
         "going on": of a match's later tokens, where the one before was right."""
         return self.right[source] / self.tried[source]
 
-    def _learn(self, source: str | int, right: bool) -> None:
+    def _observe(self, source: str | int, right: bool) -> None:
         self.right[source] = DECAY * self.right[source] + right
         self.tried[source] = DECAY * self.tried[source] + 1

@@ -6,15 +6,18 @@ the sequence grows: a draft is a few dictionary look-ups.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from ..draft_length import GoOn
 from ..settings import Settings
-from ..target import Pass
-from . import Draft
+from .matching import MatchingDrafter
+
+if TYPE_CHECKING:
+    from ..loading.drafter import LoadContext
 
 
-class LookupDrafter:
+class LookupDrafter(MatchingDrafter):
     """Drafts by n-gram match, longest first (`longest`…`shortest` tokens), the most recent match winning.
 
     A match that runs into the end of the sequence goes on with the draft itself, so a repetition of any period is
@@ -22,7 +25,6 @@ class LookupDrafter:
     """
 
     name = "lookup"
-    needs_hidden = False
 
     def __init__(self, device: torch.device | str = "cpu", longest: int = 4, shortest: int = 2) -> None:
         self.device = torch.device(device)
@@ -32,13 +34,16 @@ class LookupDrafter:
 
     def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
         self.tokens, self.index = [], {}
-        self._append(prompt)
+        self.extend(prompt)
 
-    def extend(self, tokens: list[int], target: Pass) -> None:
-        self._append(tokens)
-
-    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
-        return Draft(torch.tensor(self.match(length)[1], dtype=torch.long, device=self.device))
+    def extend(self, tokens: list[int]) -> None:
+        for token in tokens:
+            # Index what ends just before the new token, so that a suffix never finds itself.
+            end = len(self.tokens)
+            for n in self.sizes:
+                if end >= n:
+                    self.index[tuple(self.tokens[end - n :])] = end
+            self.tokens.append(token)
 
     def match(self, length: int) -> tuple[int, list[int]]:
         """How many tokens of the suffix occurred before, 0 if none, and the `length` that would come next."""
@@ -52,11 +57,7 @@ class LookupDrafter:
     def close(self) -> None:
         self.tokens, self.index = [], {}
 
-    def _append(self, tokens: list[int]) -> None:
-        for token in tokens:
-            # Index what ends just before the new token, so that a suffix never finds itself.
-            end = len(self.tokens)
-            for n in self.sizes:
-                if end >= n:
-                    self.index[tuple(self.tokens[end - n :])] = end
-            self.tokens.append(token)
+
+def load(context: LoadContext) -> LookupDrafter:
+    """The drafter beside a target; see `kinds.Kind.load`."""
+    return LookupDrafter(context.target.device)

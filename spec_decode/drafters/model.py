@@ -7,22 +7,26 @@ rolled back, and only tokens it has not read are fed, so none is computed twice.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..draft_length import GoOn
+from ..draft_length import EarlyStop
 from ..errors import ModelError
 from ..events import Reading
 from ..sampling import draw
 from ..settings import Settings
-from ..target import Pass, Target
-from . import Draft, joined, worth_more
+from ..state import State
+from ..target import Target
+from . import Draft, Drafter, early
+from .drawn import go_on, joined
+
+if TYPE_CHECKING:
+    from ..loading.drafter import LoadContext
 
 
-class ModelDrafter:
+class ModelDrafter(Drafter):
     """Drafts γ tokens one after another with `model`, drawn as `sampling.draw` says."""
-
-    needs_hidden = False
 
     def __init__(self, model: Target, name: str, vocabulary: int, device: torch.device | None = None) -> None:
         """`device`: of the target, where drafts go."""
@@ -33,7 +37,7 @@ class ModelDrafter:
 
     def start(self, prompt: list[int], settings: Settings, capacity: int) -> Iterator[Reading]:
         self.settings = settings
-        self.tokens = list(prompt)
+        self.length = len(prompt)
         self.cache = self.model.new_cache(capacity)
         return self._read(torch.tensor(prompt, device=self.model.device))
 
@@ -42,26 +46,34 @@ class ModelDrafter:
             if self.cache.length < len(prompt):
                 yield Reading(self.cache.length, len(prompt))
 
-    def extend(self, tokens: list[int], target: Pass) -> None:
+    def extend(self, tokens: list[int]) -> None:
         # Read so far: all of the old sequence and the draft but its last token. What was emitted agrees with the draft
         # up to the target's own token, which the drafter has not read.
-        self.cache.rollback(min(self.cache.length, len(self.tokens) + len(tokens) - 1))
-        self.tokens += tokens
+        self.length += len(tokens)
+        self.cache.rollback(min(self.cache.length, self.length - 1))
+
+    def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft | None:
+        if self.model.device.type != "cpu":
+            return None  # asking for a confidence would wait for the device
+        return early(self._draft(state, length, stop), stop, length)
+
+    def draft(self, state: State, length: int) -> Draft:
+        return self._draft(state, length, None)
 
     @torch.inference_mode()
-    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
-        feed = torch.tensor(self.tokens[self.cache.length :], device=self.model.device)
-        start = torch.full((1,), len(self.tokens), device=self.model.device)
+    def _draft(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
+        feed = state.tokens[:, self.cache.length : state.length].to(self.model.device)
+        start = torch.full((1,), state.length, device=self.model.device)
         drawn = []
         for i in range(length):
-            logits = self.model.prefill(feed, self.cache).logits[:, : self.vocabulary]
+            logits = self.model.prefill(feed, self.cache).logits[:, -1, : self.vocabulary]
             if logits.shape[1] < self.vocabulary:
                 logits = torch.nn.functional.pad(logits, (0, self.vocabulary - logits.shape[1]), value=-torch.inf)
             drawn.append(draw(logits, start + i, start, self.settings))
-            if not worth_more(drawn, go_on):
+            if not go_on(drawn, stop):
                 break
-            feed = drawn[-1][0]
-        return joined(drawn, self.device)
+            feed = drawn[-1].ids[:, None]
+        return joined(drawn, self.device, self.name)
 
     def close(self) -> None:
         self.cache.free()
@@ -87,3 +99,14 @@ def check_same_vocabulary(target: object, drafter: object) -> None:
             f"The drafter does not share the target's tokenizer ({len(differing)} of {len(ours | theirs)} entries "
             f"differ: {shown}); choose a drafter of the same model family."
         )
+
+
+def load(context: LoadContext) -> ModelDrafter:
+    """The drafter of a checkpoint; see `kinds.Kind.load`.
+
+    Raises:
+        ModelError: it cannot be loaded, or has another tokenizer than the target.
+    """
+    check_same_vocabulary(context.tokenizer, context.own_tokenizer())
+    target = context.target
+    return ModelDrafter(context.causal_model(), context.choice.name, target.vocabulary, target.device)

@@ -1,6 +1,7 @@
-"""Multi-token prediction with a Gemma 4 assistant: a drafter that reads the target's mind instead of the text.
+"""Multi-token prediction with a Gemma 4 assistant: a drafter that attends to the target's K/V cache and has none of its
+own.
 
-It has no cache and no prefill of its own. Each step takes the target's embedding of the last token and a hidden state
+It needs no prefill either. Each step takes the target's embedding of the last token and a hidden state
 (the target's last one at first, its own afterwards), and its attention has queries only: keys and values are those of
 the target's last layer of each kind, read in place. Its position stays at the last token for the whole round.
 Ours to run (`Gemma4AssistantForCausalLM`, `Gemma4UnifiedAssistantForCausalLM` hold the weights) so that drafts can be
@@ -9,24 +10,30 @@ drawn from q rather than be the argmax, that nothing waits for the host, and tha
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..draft_length import GoOn
+from ..cpu import assistant as fused
+from ..draft_length import EarlyStop
 from ..errors import ModelError
-from ..sampling import TARGET, draw, position_keys
+from ..noise import TARGET, position_keys
+from ..sampling import TOP, Drawn, draw, likeliest
 from ..settings import Settings
-from ..target import Pass, Target
-from . import Draft, fused, joined, worth_more
+from ..state import State
+from ..target import Target
+from . import Draft, Drafter, early
+from .drawn import go_on, joined
 
-MODEL_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+if TYPE_CHECKING:
+    from ..loading.drafter import LoadContext
 
 
-class MTPDrafter:
+class MTPDrafter(Drafter):
     """Drafts with a Gemma 4 assistant of `target`.
 
     The assistant's config may name the target layers it reads, `target_kv_layers = {"full_attention": 29, …}`; without
@@ -72,29 +79,27 @@ class MTPDrafter:
 
     def start(self, prompt: list[int], settings: Settings, capacity: int) -> None:
         self.settings = settings
-        self.seen: Pass | None = None
 
-    def extend(self, tokens: list[int], target: Pass) -> None:
-        # Row i of a pass follows its token i; the last token emitted came from row len(tokens) − 1.
-        assert target.hidden is not None
-        self.seen = target
-        self.hidden = target.hidden[len(tokens) - 1]
-        self.last = tokens[-1]
+    def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft | None:
+        if self.device.type != "cpu":
+            return None  # asking for a confidence would wait for the device
+        if self.fused:
+            self.fused.begin(state.cache, self.sources, self.config.sliding_window)
+            if self.ordering is not None and not self.settings.draws_q:
+                return self._at_once(state, length, stop)
+        return early(self._draft(state, length, stop), stop, length)
+
+    def draft(self, state: State, length: int) -> Draft:
+        return self._draft(state, length, None)
 
     @torch.inference_mode()
-    def draft(self, length: int, go_on: GoOn | None = None) -> Draft:
-        assert self.seen is not None
-        position = self.seen.cache.length  # of the last token, which the target has not read yet
-        hidden = self.hidden.to(self.device).view(1, -1)
-        if self.fused:
-            self.fused.begin(self.seen.cache, self.sources, self.config.sliding_window)
-            if self.ordering is not None and self.settings.rule in ("greedy", "coupled"):
-                return self._at_once(position, hidden, length, go_on)
-        else:
-            shared = self._shared()
-            masks = self._masks(shared, position)
+    def _draft(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
+        assert state.hidden is not None
+        position = state.length - 1  # of the last token, which the target has not read yet
+        hidden, token = state.hidden.to(self.device), state.last[:, 0]
+        shared = {} if self.fused else self._shared(state)
+        masks = self._masks(shared, position)
         places = torch.full((1,), position, device=self.device)
-        token = torch.full((1,), self.last, device=self.embed.weight.device)  # a fill: no copy that waits
         drawn = []
         for i in range(1, length + 1):
             if self.fused:
@@ -115,34 +120,32 @@ class MTPDrafter:
                 ).last_hidden_state[0]
                 hidden = self.model.post_projection(out)
                 drawn.append(self._draw(out, places + i, places + 1))
-            if not worth_more(drawn, go_on):
+            if not go_on(drawn, stop):
                 break
-            token = drawn[-1][0].to(token.device)
-        return joined(drawn, self.embed.weight.device)
+            token = drawn[-1].ids.to(token.device)
+        return joined(drawn, self.embed.weight.device, self.name)
 
     def close(self) -> None:
-        self.seen = None
         if self.fused:
             self.fused.end()
 
-    def _shared(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def _shared(self, state: State) -> dict[str, tuple[Tensor, Tensor]]:
         """The target's keys and values of each kind, up to the bucket, read in place."""
-        assert self.seen is not None
-        shared = {kind: self.seen.cache.read(layer) for kind, layer in self.sources.items()}
+        shared = {kind: state.cache.read(layer) for kind, layer in self.sources.items()}
         return {kind: (k.to(self.device), v.to(self.device)) for kind, (k, v) in shared.items()}
 
     def _masks(self, shared: dict[str, tuple[Tensor, Tensor]], length: int) -> dict[str, Tensor]:
         """Which of them are the first `length` and inside the window, `[1, 1, 1, bucket]`, additive."""
         masks = {}
         for kind, (keys, _) in shared.items():
-            back = length - 1 - torch.arange(keys.shape[2], device=self.device)  # how far behind the last one read
+            back = length - 1 - torch.arange(keys.shape[2], device=self.device)  # how far before the last one read
             visible = back >= 0
             if kind == "sliding_attention":
                 visible &= back <= self.config.sliding_window
             masks[kind] = torch.zeros_like(back, dtype=keys.dtype).masked_fill_(~visible, -torch.inf)[None, None, None]
         return masks
 
-    def _draw(self, out: Tensor, place: Tensor, start: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _draw(self, out: Tensor, place: Tensor, start: Tensor) -> Drawn:
         """A token from the assistant's output `[1, width]`, as `sampling.draw` gives it."""
         if self.ordering is None:
             return draw(self.model.lm_head(out), place, start, self.settings)
@@ -152,25 +155,26 @@ class MTPDrafter:
         ids = self.ordering[chosen].flatten()
         return self._draw_listed(ids, out @ self.rows[ids].T, place, start)
 
-    def _draw_listed(
-        self, ids: Tensor, logits: Tensor, place: Tensor, start: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _draw_listed(self, ids: Tensor, logits: Tensor, place: Tensor, start: Tensor) -> Drawn:
         """As `_draw`, from ids `[n]` and their logits `[1, n]`."""
         if self.settings.temperature == 0:
-            best = logits.argmax(-1)
-            return ids[best], None, logits.float().softmax(-1)[0, best]
+            best, p = logits.argmax(-1), logits.float().softmax(-1)
+            at, values = likeliest(p, TOP)
+            return Drawn(ids[best], None, p[0, best], (ids[at], values))
         everywhere = logits.new_full((1, self.vocabulary), -torch.inf).scatter_(-1, ids[None], logits)
         return draw(everywhere, place, start, self.settings)
 
-    def _at_once(self, position: int, hidden: Tensor, length: int, go_on: GoOn | None) -> Draft:
-        """The whole draft in one call. Nobody asks for q under these rules: a draft is accepted if it is what the
-        target says with the same noise, however it came about."""
-        assert self.fused is not None
+    def _at_once(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
+        """The whole draft in one call. Nobody asks for q under these rules: a draft is accepted if it is the target's
+        own token, however it came about."""
+        assert self.fused is not None and state.hidden is not None
         keys = np.zeros((length, 2), np.uint32)
         if self.settings.temperature > 0:
-            keys = position_keys(self.settings.seed, position + 1 + np.arange(length), TARGET)
-        ids, sure = self.fused.draft(self.last, hidden, length, go_on, self.settings.temperature, keys)
-        return Draft(torch.from_numpy(ids), None, torch.from_numpy(sure))
+            keys = position_keys(self.settings.seed, state.length + np.arange(length), TARGET)
+        made = self.fused.draft(int(state.last), state.hidden, length, stop, self.settings.temperature, keys)
+        ids, confidence, top_ids, top_p = (torch.from_numpy(x)[None] for x in made)
+        top = top_ids.clamp_min(0), top_p
+        return early(Draft(ids, None, confidence, drafter=self.name, top=top), stop, length)
 
 
 def _sources(model: PreTrainedModel, target: Target) -> dict[str, int]:
@@ -191,3 +195,16 @@ def _sources(model: PreTrainedModel, target: Target) -> dict[str, int]:
             "the drafter that belongs to the target."
         )
     return {kind: last[kind] for kind in sorted(wanted)}
+
+
+def load(context: LoadContext) -> MTPDrafter:
+    """The drafter of a checkpoint; see `kinds.Kind.load`.
+
+    Raises:
+        ModelError: it cannot be loaded, belongs to another target, or is on another device than the head it shares.
+    """
+    choice, plan = context.choice, context.plan
+    if plan.drafter_device != plan.device and getattr(choice.config, "shares_target_head", False):
+        raise ModelError("This drafter uses the target's head, so it must be on the target's device.")
+    name = Path(choice.name).name
+    return MTPDrafter(context.assistant(), context.target, name, int8=plan.dtype == "int8")

@@ -1,1 +1,1 @@
-"""How a drafter is trained: the target writes its own texts, a Gemma 4 assistant learns to guess them."""
+"""Training a drafter: the target generates the texts, and a Gemma 4 assistant is trained to predict them."""

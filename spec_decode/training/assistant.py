@@ -1,7 +1,7 @@
-"""The drafter before it has learnt anything, and the file it becomes: a plain `Gemma4AssistantForCausalLM`.
+"""The untrained drafter and its checkpoint: a plain `Gemma4AssistantForCausalLM`.
 
-In: a target. Out: an assistant that reads keys and values of chosen layers of it, started from the target's own
-embeddings so that there is little left to learn; and a checkpoint which transformers loads. Knows nothing of data.
+In: a target. Out: an assistant that attends to keys and values of chosen layers of the target and is initialized from
+the target's weights; and a checkpoint that transformers loads. Independent of the training data.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from torch import Tensor, nn
 from transformers import Gemma4AssistantConfig, Gemma4AssistantForCausalLM, Gemma4TextConfig, PreTrainedModel
 from transformers.models.gemma4_assistant.modeling_gemma4_assistant import Gemma4AssistantMaskedEmbedder
 
-from .. import checksums
 from ..errors import UserError
+from ..loading import checksums
 
-FEWEST_LISTS = 6  # for frequent, less frequent and other tokens: see lists.BANDS
+FEWEST_LISTS = 6  # so that every band of frequency has lists, see lists.BANDS
 KINDS = ("sliding_attention", "full_attention")  # in the order of the drafter's layers
 
 
 @dataclass(frozen=True)
 class Shape:
-    """intermediate: width of the drafter's MLPs; as wide as the target's they start as copies. layers: the target's
-    layers whose keys and values it reads, one drafter layer each. centroids, chosen: lists the vocabulary is split
-    into and how many of them a step looks at; 0 looks at every token."""
+    """The shape of a drafter.
+
+    intermediate: width of its MLPs; MLPs as wide as the target's are initialized as copies.
+    layers: the target's layers whose keys and values it attends to, one for each drafter layer.
+    centroids: number of lists that the vocabulary is split into; 0 for none, the head then scores every token.
+    chosen: number of lists whose tokens a step scores.
+    """
 
     intermediate: int = 1536
     layers: tuple[int, ...] = (20, 29)
@@ -38,18 +42,18 @@ class Shape:
 
 
 def build(target: Any, shape: Shape) -> Gemma4AssistantForCausalLM:
-    """A random assistant for a target with text config `target`.
+    """A randomly initialized assistant for a target with text config `target`.
 
     Raises:
         UserError: the shape does not fit the target.
     """
     if not 1 <= len(shape.layers) <= len(KINDS):
-        raise UserError(f"A drafter reads one or two layers, not {len(shape.layers)}.")
+        raise UserError(f"A drafter attends to one or two layers, not {len(shape.layers)}.")
     if any(not 0 <= layer < target.num_hidden_layers for layer in shape.layers):
         raise UserError(f"The target's layers are 0…{target.num_hidden_layers - 1}.")
     own = target.num_hidden_layers - (getattr(target, "num_kv_shared_layers", 0) or 0)
     if any(layer >= own for layer in shape.layers):
-        raise UserError(f"Of the target's layers only 0…{own - 1} have keys and values of their own to read.")
+        raise UserError(f"Only the target's layers 0…{own - 1} have their own keys and values.")
     if shape.intermediate < 1:
         raise UserError(f"An MLP cannot be {shape.intermediate} wide.")
     if shape.centroids and (shape.centroids < FEWEST_LISTS or target.vocab_size % shape.centroids):
@@ -58,11 +62,11 @@ def build(target: Any, shape: Shape) -> Gemma4AssistantForCausalLM:
             f"least {FEWEST_LISTS}, or 0 for no lists."
         )
     if shape.centroids and not 1 <= shape.chosen <= shape.centroids:
-        raise UserError(f"A step looks at 1…{shape.centroids} lists, not {shape.chosen}.")
+        raise UserError(f"A step scores 1…{shape.centroids} lists, not {shape.chosen}.")
     kinds = list(KINDS[-len(shape.layers) :])
     head = getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads
     rope = getattr(target, "rope_parameters", None) or {}
-    turning = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10_000.0)}
+    rope_default = {"rope_type": "default", "rope_theta": rope.get("rope_theta", 10_000.0)}
     text = Gemma4TextConfig(
         vocab_size=target.vocab_size,
         hidden_size=target.hidden_size,
@@ -75,7 +79,7 @@ def build(target: Any, shape: Shape) -> Gemma4AssistantForCausalLM:
         layer_types=kinds,
         sliding_window=target.max_position_embeddings,
         max_position_embeddings=target.max_position_embeddings,
-        rope_parameters=dict.fromkeys(KINDS, turning),
+        rope_parameters=dict.fromkeys(KINDS, rope_default),
         hidden_activation=getattr(target, "hidden_act", None) or target.hidden_activation,
         rms_norm_eps=1e-6,
         hidden_size_per_layer_input=0,
@@ -97,14 +101,14 @@ def build(target: Any, shape: Shape) -> Gemma4AssistantForCausalLM:
 
 
 class Learner(nn.Module):
-    """The assistant while it learns.
+    """The assistant during training.
 
-    It is as wide as the target and its head is the target's own, frozen: a narrower one could not tell the target's
-    favourites apart (of SmolLM2's, a projection to 320 of 576 dimensions keeps 74 %), and a token that the texts show
-    once moves with all others.
+    It has the target's width, and its head is the target's own, frozen. A narrower head loses accuracy: a projection of
+    SmolLM2's last hidden state to 320 of its 576 dimensions keeps the argmax at 74 % of positions. The
+    frozen head keeps the target's embeddings of tokens that are rare in the texts.
     """
 
-    embed: Tensor  # [V, H], the target's, scaled as it scales it
+    embed: Tensor  # [V, H], the target's, with its embedding scale applied
     head: Tensor  # [V, H]
 
     def __init__(self, target: PreTrainedModel, shape: Shape) -> None:
@@ -123,21 +127,21 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def _start(self, target: PreTrainedModel) -> None:
-        """Begins as a drafter that repeats the hidden state it is given, with queries and memories of the target's."""
+        """Initializes a drafter that passes its input hidden state through, with projections copied from the target."""
         assistant: Any = self.assistant
-        theirs = target.base_model
-        same = torch.eye(self.head.shape[1])
-        # Back from what the last norm made of it to the stream that all of the target's layers read.
-        weight = theirs.norm.weight.detach().float()
-        size = weight.abs().clamp_min(0.05 * weight.abs().mean()) * weight.sign()
-        assistant.pre_projection.weight.copy_(torch.cat([0.3 / self.embed.std() * same, same / size], 1))
+        base = target.base_model
+        identity = torch.eye(self.head.shape[1])
+        # The last hidden state is normed. Division by the weight of the norm undoes its scale, up to a lower bound.
+        weight = base.norm.weight.detach().float()
+        scale = weight.abs().clamp_min(0.05 * weight.abs().mean()) * weight.sign()
+        assistant.pre_projection.weight.copy_(torch.cat([0.3 / self.embed.std() * identity, identity / scale], 1))
         assistant.model.norm.weight.copy_(weight)
-        assistant.post_projection.weight.copy_(same)
+        assistant.post_projection.weight.copy_(identity)
         for layer, source in zip(assistant.model.layers, self.shape.layers, strict=True):
             layer.post_attention_layernorm.weight.fill_(0.3)
             layer.post_feedforward_layernorm.weight.fill_(0.3)
             layer.self_attn.q_norm.weight.fill_(2.0 / math.sqrt(layer.self_attn.head_dim))
-            like = dict(theirs.layers[source].named_parameters())
+            like = dict(base.layers[source].named_parameters())
             layer.input_layernorm.weight.copy_(like["input_layernorm.weight"])
             before_mlp = like.get("pre_feedforward_layernorm.weight", like["post_attention_layernorm.weight"])
             layer.pre_feedforward_layernorm.weight.copy_(before_mlp)
@@ -147,22 +151,23 @@ class Learner(nn.Module):
 
     @torch.no_grad()
     def adopt(self, folder: Path) -> None:
-        """Takes over what a drafter in `folder` has learnt, but for attention to layers that this one does not read.
+        """Copies the weights of a trained drafter in `folder`, except the attention of layers that attend to another
+        layer of the target.
 
         Raises:
-            UserError: there is no drafter of this shape.
+            UserError: `folder` holds no drafter, or one of another shape.
         """
         try:
-            learnt = load_file(folder / "model.safetensors")
-            before = json.loads((folder / "config.json").read_text(encoding="utf-8"))["target_kv_layers"]
+            trained = load_file(folder / "model.safetensors")
+            layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["target_kv_layers"]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder} holds no drafter to begin with: {error}") from error
         own = dict(self.assistant.named_parameters())
         for i, (kind, layer) in enumerate(self.assistant.config.target_kv_layers.items()):
-            if before.get(kind) != layer:
-                learnt = {name: value for name, value in learnt.items() if f"layers.{i}.self_attn." not in name}
-        for name, value in learnt.items():
-            if name not in own or name == "model.embed_tokens.weight":  # lists, and the head that is the target's
+            if layers.get(kind) != layer:
+                trained = {name: value for name, value in trained.items() if f"layers.{i}.self_attn." not in name}
+        for name, value in trained.items():
+            if name not in own or name == "model.embed_tokens.weight":  # the lists, and the head, which is the target's
                 continue
             if own[name].shape != value.shape:
                 raise UserError(
@@ -174,7 +179,13 @@ class Learner(nn.Module):
 
 @torch.no_grad()
 def with_lists(learner: Learner, order: Tensor, centroids: Tensor, chosen: int) -> None:
-    """Gives the assistant a vocabulary in lists: `order` `[V]` of tokens, list after list, `centroids` `[lists, H]`."""
+    """Sets the assistant's vocabulary lists.
+
+    Args:
+        order: int64 `[V]`, the tokens, list after list.
+        centroids: `[lists, H]`.
+        chosen: number of lists that a step scores.
+    """
     assistant: Any = learner.assistant
     config = assistant.config
     config.use_ordered_embeddings, config.num_centroids = True, len(centroids)
@@ -188,8 +199,8 @@ def with_lists(learner: Learner, order: Tensor, centroids: Tensor, chosen: int) 
 def save(learner: Learner, folder: Path, head: bool = True, dtype: torch.dtype = torch.bfloat16) -> None:
     """Writes the assistant to `folder` as a transformers checkpoint.
 
-    Without its `head`, which is the target's, it is a tenth of the size, and `MTPDrafter` takes the head from the
-    target; transformers alone needs it in the file.
+    With `head` false the file lacks the head, which is the target's, and is about a tenth of the size. `MTPDrafter`
+    then uses the target's head; transformers alone needs it in the file.
     """
     assistant: Any = learner.assistant
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Where the texts of the training set begin.
+"""Prompts of the training texts.
 
-In: a chat template. Out: openings of user turns, by category, which the target completes itself (Xu et al. 2024,
-arXiv:2406.08464), or whole prompts of the user's own. Refuses whatever is held out for judging.
+In: a chat template. Out: openings of user turns, by category, which the target completes (Magpie, Xu et al. 2024,
+arXiv:2406.08464), or whole prompts from a file. Prompts held out for evaluation are recognized.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from ..errors import UserError
 
-# Category: share of the texts, least tokens of the user turn, openings. An opening that ends in a space or a line
-# break is continued by the target; "" leaves the whole turn to it.
+# Category: share of the texts, minimum number of tokens of the user turn, openings. The target continues the opening;
+# with "" it generates the whole turn.
 OPENINGS: dict[str, tuple[float, int, list[str]]] = {
     "chat": (
         0.34,
@@ -79,8 +79,8 @@ OPENINGS: dict[str, tuple[float, int, list[str]]] = {
 
 @dataclass(frozen=True)
 class Opening:
-    """How one text starts: ids of the user turn so far, and the least ids the turn must reach before the target may
-    end it; `None` if the turn is complete as it stands."""
+    """The start of a text: ids of the user turn so far, and the minimum length of the turn in tokens, before which the
+    target may not end it; `None` if the turn is complete."""
 
     category: str
     ids: list[int]
@@ -89,39 +89,39 @@ class Opening:
 
 @dataclass(frozen=True)
 class Turns:
-    """A chat template as ids: what comes before the user's words, and between them and the answer."""
+    """A chat template as ids: the tokens before the user's text, and the tokens between it and the answer."""
 
     before: list[int]
     after: list[int]
 
     @classmethod
     def of(cls, tokenizer: Any) -> Turns:
-        """Raises UserError if the tokenizer has no chat template, or one that does not show the user's words as is."""
+        """Raises UserError if the tokenizer has no chat template, or one that changes the user's text."""
         mark = "\x02"
         if not getattr(tokenizer, "chat_template", None):
-            raise UserError("The target's tokenizer has no chat template; give one to train a drafter for it.")
+            raise UserError("The target's tokenizer has no chat template; training a drafter needs one.")
         turn = [{"role": "user", "content": mark}]
         text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         if text.count(mark) != 1:
-            raise UserError("The target's chat template changes the user's words; a drafter cannot be trained for it.")
+            raise UserError("The target's chat template changes the user's text; a drafter cannot be trained for it.")
         before, after = text.split(mark)
         return cls(*(list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after)))
 
 
 def invented(tokenizer: Any, rng: random.Random) -> Iterator[Opening]:
-    """Openings without end, in the shares of `OPENINGS`."""
+    """An endless stream of openings, drawn with the shares of `OPENINGS`."""
     names = list(OPENINGS)
     shares = [OPENINGS[name][0] for name in names]
     while True:
         name = rng.choices(names, shares)[0]
         _, least, openings = OPENINGS[name]
-        # A space would be a token of its own; the target's words bring theirs.
+        # The target's next token usually begins with the space.
         ids = list(tokenizer(rng.choice(openings).rstrip(" "), add_special_tokens=False)["input_ids"])
         yield Opening(name, ids, least)
 
 
 def given(tokenizer: Any, file: Path, rng: random.Random) -> Iterator[Opening]:
-    """The prompts of a JSON Lines file of {"prompt", "category"?}, shuffled, again and again.
+    """An endless stream of the prompts of a JSON Lines file of {"prompt", "category"?}, shuffled for every pass.
 
     Raises:
         UserError: the file has no such lines.
@@ -135,7 +135,7 @@ def given(tokenizer: Any, file: Path, rng: random.Random) -> Iterator[Opening]:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """Lines of {"prompt", …}. Raises UserError if there are none."""
+    """The lines of a JSON Lines file of {"prompt", …}. Raises UserError if there are none."""
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
@@ -146,9 +146,9 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 class HeldOut:
-    """Knows the prompts that no training text may contain."""
+    """The prompts that no training text may contain; `text in held_out` is true for a text that contains one."""
 
-    RUN = 8  # words in a row that give a prompt away
+    RUN = 8  # a text with so many words in a row in common with a prompt contains it
 
     def __init__(self, prompts: Iterable[str]) -> None:
         texts = [_words(prompt) for prompt in prompts]

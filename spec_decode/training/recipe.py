@@ -1,7 +1,7 @@
-"""`train-drafter`: from a target's name to a drafter on disk, in stages that can be stopped and go on.
+"""`train-drafter`: from a target's name to a drafter on disk, in stages that can be interrupted and resumed.
 
 In: names, numbers and two folders. Out: `out` with the drafter and its report; `work` with texts, checkpoints and the
-curve. Each stage looks at what is there already and adds what is missing.
+curve. Each stage continues from what exists in the folders.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .. import embedded, memory
 from ..cache import ARGUMENT
-from ..catalog import EMBEDDED
-from ..checkpoints import load_model, load_tokenizer, read_target_config
 from ..errors import UserError
-from ..models import find_device
+from ..loading import embedded, memory
+from ..loading.catalog import EMBEDDED
+from ..loading.checkpoints import load_model, load_tokenizer, read_target_config
+from ..loading.placement import find_device
 from .assistant import Learner, Shape, build, save
 from .data import Texts, Writing, shards, write
 from .lists import sort_vocabulary
@@ -35,10 +35,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `train-drafter` was asked for. tokens: to write. data, held_out: JSON Lines of {"prompt"} to write from
-    (None lets the target invent them) and to keep out. head: whether the checkpoint holds the head, which is the
-    target's; transformers alone needs it there. init: a drafter of the same shape to begin with. also: work folders of
-    other runs, whose texts are learnt from as well. only: "data", "train" or None for both."""
+    """The parameters of `train-drafter`.
+
+    tokens: number of tokens to generate.
+    data: JSON Lines of {"prompt"} to answer; with None the target generates the prompts too.
+    held_out: JSON Lines of {"prompt"} that no text may contain.
+    layers, intermediate, centroids, chosen: as in `Shape`; None for defaults.
+    head: whether the checkpoint holds the head, which is the target's; transformers alone needs it there.
+    init: a trained drafter of the same shape to start from.
+    also: work folders of other runs, whose texts are used for training too.
+    only: "data", "train", or None for both stages.
+    """
 
     target: str
     out: Path
@@ -58,13 +65,13 @@ class Recipe:
 
 
 def run(recipe: Recipe, training: Training, writing: Writing, say: Say) -> dict[str, Any]:
-    """Writes what is missing of the texts, trains, saves to `recipe.out`; returns the report saved there.
+    """Generates the missing texts, trains, and saves the drafter to `recipe.out`; returns the report saved there.
 
     Raises:
-        ModelError: the target cannot be loaded. UserError: a file or a shape that does not fit; told before anything
-            is written.
+        ModelError: the target cannot be loaded.
+        UserError: a file or the shape does not fit; raised before anything is written.
     """
-    place = find_device(recipe.device)
+    device = find_device(recipe.device)
     path = str(embedded.prepare(say)) if recipe.target == EMBEDDED else recipe.target
     whole = read_target_config(path)
     config = whole.get_text_config(decoder=True)
@@ -74,13 +81,13 @@ def run(recipe: Recipe, training: Training, writing: Writing, say: Say) -> dict[
     layers = recipe.layers or (round(0.68 * own), own - 1)
     intermediate = getattr(config, "intermediate_size", None) if recipe.intermediate is None else recipe.intermediate
     if not isinstance(intermediate, int):
-        raise UserError(f"The MLPs of a {config.model_type} have no one width; give the drafter's with --intermediate.")
+        raise UserError(f"A {config.model_type} has no single MLP width; give the drafter's with --intermediate.")
     shape = Shape(intermediate, tuple(layers), 0, recipe.chosen)
     held_out = HeldOut(entry["prompt"] for file in recipe.held_out for entry in read(file))
     folders = [texts, *(work / "texts" for work in recipe.also)]
     check(recipe, writing, whole, tokenizer, shape)
-    dtype = "float32" if place.type == "cpu" else "bfloat16"
-    model = load_model(path, place, dtype)
+    dtype = "float32" if device.type == "cpu" else "bfloat16"
+    model = load_model(path, device, dtype)
     if recipe.only != "train":
         source = recipe.data
 
@@ -90,25 +97,25 @@ def run(recipe: Recipe, training: Training, writing: Writing, say: Say) -> dict[
         write(model, tokenizer, openings, list(layers), texts, recipe.tokens, writing, held_out, training.seed, say)
     if recipe.only == "data":
         return {}
-    model = load_model(path, place, "float32")  # writing may have made it int8
+    model = load_model(path, device, "float32")  # the generation may have quantized it
     torch.manual_seed(training.seed)
     learner = Learner(model, shape)
     del model
     if recipe.init:
         learner.adopt(recipe.init)
-    learner.to(place)
+    learner.to(device)
     train(learner, folders, recipe.work, training, say)
     return finish(learner.to("cpu"), folders, recipe, training, say)
 
 
 def check(recipe: Recipe, writing: Writing, config: Any, tokenizer: Any, shape: Shape) -> None:
-    """Makes the drafter without storage, and looks for whatever else hours of work would end in.
+    """Checks the inputs of all stages before the first one begins; builds the drafter on the meta device.
 
     Raises:
-        UserError: something does not fit.
+        UserError: an input does not fit.
     """
     if recipe.tokens < 1:
-        raise UserError(f"The target must write at least one token, not {recipe.tokens}.")
+        raise UserError(f"The target must generate at least one token, not {recipe.tokens}.")
     if recipe.data:
         read(recipe.data)
     text = config.get_text_config(decoder=True)
@@ -117,7 +124,7 @@ def check(recipe: Recipe, writing: Writing, config: Any, tokenizer: Any, shape: 
     if recipe.only == "train" and not shards(recipe.work / "texts") and not recipe.also:
         lacking = [recipe.work]
     if lacking:
-        raise UserError(f"{lacking[0]} holds no texts to learn from.")
+        raise UserError(f"{lacking[0]} holds no texts to train on.")
     if getattr(text, "kv_lora_rank", None):
         raise UserError(f"A drafter cannot be made for a {text.model_type}, whose keys and values are of unequal size.")
     target = memory.empty(config)
@@ -136,32 +143,32 @@ def check(recipe: Recipe, writing: Writing, config: Any, tokenizer: Any, shape: 
 
 
 def _check_heads(target: PreTrainedModel, learner: Learner) -> None:
-    """Raises UserError if the target's keys and values are not what the drafter's queries take."""
-    with suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # not every model runs without storage
+    """Raises UserError if the target's keys and values do not have the shape of the drafter's attention."""
+    with suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # not every model runs on the meta device
         seen = target(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=True)[ARGUMENT]
         config = learner.assistant.config.get_text_config()
-        wanted = (1, config.num_key_value_heads, 2, config.head_dim)
+        needed = (1, config.num_key_value_heads, 2, config.head_dim)
         for layer in learner.shape.layers:
             keys, values = seen.layers[layer].keys, seen.layers[layer].values
-            if (keys.shape, values.shape) != (wanted, wanted):
+            if (keys.shape, values.shape) != (needed, needed):
                 raise UserError(
                     f"A drafter cannot be made for this target: layer {layer} has keys {list(keys.shape)} and values "
-                    f"{list(values.shape)}, and its attention would take {list(wanted)} of both."
+                    f"{list(values.shape)}, but the drafter's attention needs {list(needed)} for both."
                 )
 
 
 def finish(learner: Learner, folders: list[Path], recipe: Recipe, training: Training, say: Say) -> dict[str, Any]:
-    """Narrows the vocabulary, judges on texts set aside, saves the drafter and its report, draws the curve."""
+    """Fits the vocabulary lists, evaluates on validation texts, saves the drafter and its report, draws the curve."""
     texts = Texts(folders)
     if recipe.centroids:
-        say("Sorting the vocabulary into lists …")
-        found = sort_vocabulary(learner, texts, recipe.centroids, recipe.chosen, training)
-        say(f"The lists that a step looks at hold {found:.1%} of the tokens it wants most")
-    _, judging = aside(texts, training.validation)
+        say("Fitting the vocabulary lists …")
+        share = sort_vocabulary(learner, texts, recipe.centroids, recipe.chosen, training)
+        say(f"The lists that a step scores contain the target's argmax at {share:.1%} of positions")
+    _, validation_texts = aside(texts, training.validation)
     report = {
         "target": recipe.target,
         "tokens_written": sum(texts.length(i) for i in range(len(texts))),
-        "validation": judge(learner, texts, judging, training.unroll),
+        "validation": judge(learner, texts, validation_texts, training.unroll),
     }
     save(learner, recipe.out, recipe.head)
     (recipe.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -170,7 +177,7 @@ def finish(learner: Learner, folders: list[Path], recipe: Recipe, training: Trai
 
 
 def draw_curve(work: Path) -> None:
-    """curve.html beside curve.csv: tokens per target pass and the share of right drafts over training tokens."""
+    """Draws curve.html from curve.csv: tokens per target pass and the share of correct drafts over training tokens."""
     import plotly.graph_objects as go  # type: ignore[import-untyped]
 
     with (work / "curve.csv").open(newline="") as file:
@@ -179,12 +186,12 @@ def draw_curve(work: Path) -> None:
     figure = go.Figure()
     for name in [key for key in (rows[0] if rows else {}) if key.startswith("right_") and rows[-1][key]]:
         share = [float(row[name]) for row in rows]
-        label = f"draft {name.removeprefix('right_')} right"
+        label = f"draft {name.removeprefix('right_')} correct"
         figure.add_scatter(x=tokens, y=share, name=label, yaxis="y2", line={"dash": "dot"})
     figure.add_scatter(x=tokens, y=[float(row["tokens_per_pass"]) for row in rows], name="tokens per target pass")
     figure.update_layout(
         xaxis_title="training tokens",
         yaxis_title="tokens per target pass",
-        yaxis2={"overlaying": "y", "side": "right", "range": [0, 1], "title": "share of drafts that are right"},
+        yaxis2={"overlaying": "y", "side": "right", "range": [0, 1], "title": "share of correct drafts"},
     )
     figure.write_html(work / "curve.html", include_plotlyjs="cdn")

@@ -1,10 +1,11 @@
-"""Learning to draft: all positions of a text at once, several steps ahead, as at inference.
+"""Training of a drafter: unrolled draft steps from all positions of a text at once.
 
-In: texts as `data` keeps them, and a `Learner`. Out: a learner that has learnt, a curve, checkpoints. A position t is a
-round: its query stands at t, sees keys and values before t, starts from the hidden state that produced token t, and
-goes on from its own output and the text's next token (the draft it would have made, where it was right). Rounds whose
-draft the target would have refused end there, but for a few, as they do at inference; what is left is dense with what
-later steps will meet. Knows nothing of how texts are made.
+In: texts as `data` stores them, and a `Learner`. Out: a trained learner, a curve, checkpoints. Each position t is a
+round, as at inference: its query is at position t, attends to keys and values before t, and starts from the hidden
+state that produced token t. Later steps use the drafter's own output and the text's next token, which equals the draft
+where it was correct (training-time test, EAGLE-3, arXiv:2503.01840). A round whose draft differs from the text ends
+there, except for a share of them, so that later steps see the inputs they have at inference. Independent of how texts
+are generated.
 """
 
 from __future__ import annotations
@@ -35,17 +36,22 @@ MOST_UNROLLED = 8
 
 @dataclass(frozen=True)
 class Training:
-    """How a drafter learns.
+    """Hyperparameters.
 
-    steps: updates in all, of `texts` texts each. rate: peak learning rate, reached after `warmup` steps, held, and
-    brought to zero over the last `cooldown` share of them. unroll: draft steps. vocabulary: most tokens that compete
-    in the softmax of one update. stray: share of refused rounds that go on. prompt: share of the rounds in user turns
-    that are learnt from. regression: weight of the distance between the hidden state fed back and the target's.
-    average: updates that the weights which are judged and saved are averaged over, exponentially.
-    validation: share of the texts that are not learnt from. patience: checks without progress before it stops.
+    steps: number of updates, with `texts` texts each.
+    rate: peak learning rate, reached after `warmup` steps, held, and decayed to zero over the last `cooldown` share.
+    unroll: draft steps of a round.
+    vocabulary: maximum number of tokens in the softmax of an update.
+    stray: share of rounds that continue after a wrong draft.
+    prompt: share of the positions in user turns that are trained on.
+    regression: loss weight of the distance between the hidden state fed back and the target's.
+    average: horizon, in updates, of the moving average of weights that is evaluated and saved.
+    validation: share of the texts held out for validation.
+    check: updates between evaluations.
+    patience: evaluations without progress before training stops.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a value is out of range.
     """
 
     steps: int = 4000
@@ -67,21 +73,26 @@ class Training:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.texts < 1:
-            raise UserError("Training takes at least one step, of at least one text.")
+            raise UserError("Training needs at least one step, of at least one text.")
         if not 0 < self.rate < math.inf:
-            raise UserError(f"A learning rate is above 0, not {self.rate}.")
+            raise UserError(f"The learning rate must be above 0, not {self.rate}.")
         if not 1 <= self.unroll <= MOST_UNROLLED:
-            raise UserError(f"From 1 to {MOST_UNROLLED} draft steps are learnt at once, not {self.unroll}.")
+            raise UserError(f"The number of unrolled draft steps must be from 1 to {MOST_UNROLLED}, not {self.unroll}.")
         if not 0 <= self.prompt <= 1:
-            raise UserError(f"A share is from 0 to 1, not {self.prompt}.")
+            raise UserError(f"The share of user turns must be from 0 to 1, not {self.prompt}.")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"A seed is from 0 to {2**32 - 1}, not {self.seed}.")
+            raise UserError(f"The seed must be from 0 to {2**32 - 1}, not {self.seed}.")
 
 
 @dataclass
 class Progress:
-    """How far a run has come. shards: that the present pass over the texts reads. best, stale: most tokens per pass
-    seen, and checks since then."""
+    """The progress of a run.
+
+    epoch, at: the current pass over the texts and the next batch of it.
+    shards: number of shards in the current pass.
+    best, stale: highest tokens per target pass so far, and evaluations since then.
+    tokens, seconds: trained tokens and time so far.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -98,97 +109,98 @@ Going = tuple[Tensor, Tensor]
 
 
 def rounds(
-    learner: Learner, batch: Batch, steps: int, places: Tensor, real: Tensor
+    learner: Learner, batch: Batch, steps: int, positions: Tensor, real: Tensor
 ) -> Generator[Round, Going | None, None]:
-    """Drafts from every place, a step at a time; the caller says which go on.
+    """Unrolls draft steps from all given positions; after each step the caller selects the rounds that continue.
 
     Args:
-        places: int64 `[B, n]`, positions t of the tokens the rounds begin with. real: bool `[B, n]`, false for padding.
+        positions: int64 `[B, n]`, position t of the first token of each round.
+        real: bool `[B, n]`, false for padding.
 
     Yields:
-        x `[B, n, width]`, the drafter's output; hidden `[B, n, H]`, what it would feed back; the places and which are
-        real. Receives the indices `[B, m]` into n of the rounds that go on, and which are real.
+        (x `[B, n, width]`, the drafter's output; hidden `[B, n, H]`, the state it feeds back; positions; real).
+        Receives (indices `[B, m]` into n of the rounds that continue, and `real` for them), or None if all continue.
     """
     assistant: Any = learner.assistant
     kv = {kind: batch.kv[layer] for kind, layer in assistant.config.target_kv_layers.items()}
-    everywhere = torch.arange(batch.ids.shape[1], device=places.device)
-    hidden = _at(batch.hidden, (places - 1).clamp_min(0))
+    key_positions = torch.arange(batch.ids.shape[1], device=positions.device)
+    hidden = _at(batch.hidden, (positions - 1).clamp_min(0))
     for step in range(steps):
-        token = batch.ids.gather(1, (places + step).clamp_max(batch.ids.shape[1] - 1))
-        visible = (everywhere < places[..., None])[:, None]
+        token = batch.ids.gather(1, (positions + step).clamp_max(batch.ids.shape[1] - 1))
+        visible = (key_positions < positions[..., None])[:, None]
         x = assistant.model(
             inputs_embeds=assistant.pre_projection(torch.cat([F.embedding(token, learner.embed), hidden], -1)),
             attention_mask=dict.fromkeys(KINDS, visible),
-            position_ids=places,
+            position_ids=positions,
             shared_kv_states=kv,
             use_cache=False,
-            logits_to_keep=everywhere,  # the default makes transformers 5.24 slice per-layer inputs, None here
+            logits_to_keep=key_positions,  # the default makes transformers 5.24 slice per-layer inputs, None here
         ).last_hidden_state
         hidden = assistant.post_projection(x)
-        going = yield x, hidden, places, real
+        going = yield x, hidden, positions, real
         if going is not None:
             index, real = going
-            places, hidden = places.gather(1, index), _at(hidden, index)
+            positions, hidden = positions.gather(1, index), _at(hidden, index)
 
 
 def losses(learner: Learner, batch: Batch, training: Training, rng: torch.Generator) -> tuple[Tensor, list[list[int]]]:
-    """The loss of a batch, and for every step how many rounds reached it and how many of them drafted right."""
+    """The loss of a batch, and for each draft step the number of rounds that reach it and of correct drafts there."""
     device = batch.ids.device
-    places, real = _beginnings(batch, training.prompt, rng)
-    tokens = _competitors(batch, real, places, training.vocabulary)
+    positions, real = _beginnings(batch, training.prompt, rng)
+    tokens = _competitors(batch, real, positions, training.vocabulary)
     slot = torch.full((len(learner.head),), -1, dtype=torch.long, device=device)
     slot[tokens] = torch.arange(len(tokens), device=device)
     head = learner.head[tokens]
-    size = batch.hidden.square().mean().sqrt()
+    scale = batch.hidden.square().mean().sqrt()
     total = torch.zeros((), device=device)
     whole = real.sum().clamp_min(1)
     counts = []
-    process = rounds(learner, batch, training.unroll, places, real)
-    x, hidden, places, real = next(process)
+    process = rounds(learner, batch, training.unroll, positions, real)
+    x, hidden, positions, real = next(process)
     for step in range(training.unroll):
         row, column = real.nonzero(as_tuple=True)
-        place = places[row, column] + step
+        position = positions[row, column] + step
         logits = (x[row, column] @ head.T).float()
         logs = logits.log_softmax(-1)
-        wanted = slot[batch.top_ids[row, place]]
-        p = batch.top_logs[row, place].exp() * (wanted >= 0)
+        slots = slot[batch.top_ids[row, position]]
+        p = batch.top_logs[row, position].exp() * (slots >= 0)
         p = p / p.sum(-1, keepdim=True).clamp_min(1e-6)
-        loss = -(p * logs.gather(-1, wanted.clamp_min(0))).sum()
-        miss = F.smooth_l1_loss(hidden[row, column] / size, batch.hidden[row, place] / size, reduction="none")
-        total = total + (loss + training.regression * miss.mean(-1).sum()) / whole
+        loss = -(p * logs.gather(-1, slots.clamp_min(0))).sum()
+        distance = F.smooth_l1_loss(hidden[row, column] / scale, batch.hidden[row, position] / scale, reduction="none")
+        total = total + (loss + training.regression * distance.mean(-1).sum()) / whole
         with torch.no_grad():
             drafted = tokens[logits.argmax(-1)]
-            counts.append([len(row), int((drafted == batch.top_ids[row, place, 0]).sum())])
+            counts.append([len(row), int((drafted == batch.top_ids[row, position, 0]).sum())])
             if step + 1 == training.unroll:
                 break
-            after = (place + 1).clamp_max(batch.ids.shape[1] - 1)
-            luck = torch.rand(len(row), generator=rng).to(device) < training.stray
-            goes = torch.zeros_like(real)
-            goes[row, column] = ((drafted == batch.ids[row, after]) | luck) & (place + 1 < batch.lengths[row])
-            if not goes.any():
+            after = (position + 1).clamp_max(batch.ids.shape[1] - 1)
+            stray = torch.rand(len(row), generator=rng).to(device) < training.stray
+            continues = torch.zeros_like(real)
+            continues[row, column] = ((drafted == batch.ids[row, after]) | stray) & (position + 1 < batch.lengths[row])
+            if not continues.any():
                 break
-            going = packed(goes)
-        x, hidden, places, real = process.send(going)
+            going = packed(continues)
+        x, hidden, positions, real = process.send(going)
     return total, counts
 
 
 @torch.no_grad()
 def chains(learner: Learner, batch: Batch, steps: int, tokens: Tensor) -> list[list[int]]:
-    """For every text, for every token of its answer, how many greedy drafts in a row would be the text's next tokens.
+    """The number of accepted tokens of a greedy draft from each token of each text's answer.
 
-    Of `tokens` alone; the text should be the target's own greedy one. Entry 0 is the round that starts with the
-    answer's first token.
+    Drafts are limited to the ids `tokens` and compared with the text, which should be the target's greedy output. Entry
+    0 is the round that starts with the answer's first token.
     """
     head = learner.head[tokens]
     width = int((batch.lengths - batch.answers).max())
-    places = batch.answers[:, None] + torch.arange(width, device=batch.ids.device)
-    real = places + 1 < batch.lengths[:, None]
-    places = places.clamp_max(batch.ids.shape[1] - 1)
-    alive, run = real.clone(), torch.zeros_like(places)
-    process = rounds(learner, batch, steps, places, real)
+    positions = batch.answers[:, None] + torch.arange(width, device=batch.ids.device)
+    real = positions + 1 < batch.lengths[:, None]
+    positions = positions.clamp_max(batch.ids.shape[1] - 1)
+    alive, run = real.clone(), torch.zeros_like(positions)
+    process = rounds(learner, batch, steps, positions, real)
     for step, (x, _, _, _) in enumerate(process):
         drafted = tokens[(x @ head.T).argmax(-1)]
-        after = places + step + 1
+        after = positions + step + 1
         here = batch.ids.gather(1, after.clamp_max(batch.ids.shape[1] - 1))
         alive &= (drafted == here) & (after < batch.lengths[:, None])
         run += alive
@@ -196,8 +208,9 @@ def chains(learner: Learner, batch: Batch, steps: int, tokens: Tensor) -> list[l
 
 
 def judge(learner: Learner, texts: Texts, chosen: list[int], steps: int, size: int = 8) -> dict[str, Any]:
-    """Greedy decoding replayed on texts that the target wrote greedily: tokens per target pass and acceptance of each
-    draft of the round, over all and by category, among the tokens that come up in the batch."""
+    """Replays greedy decoding on texts that the target generated greedily: tokens per target pass and acceptance by
+    position in the draft, for all texts and by category. The drafter's argmax is over the tokens that occur in the
+    batch."""
     tally: dict[str, list[int]] = {}
     for begin in range(0, len(chosen), size):
         part = chosen[begin : begin + size]
@@ -226,53 +239,51 @@ def judge(learner: Learner, texts: Texts, chosen: list[int], steps: int, size: i
 
 
 def train(learner: Learner, folders: list[Path], out: Path, training: Training, say: Say | None = None) -> float:
-    """Trains until `training.steps`, from `out`/state.pt if it is there; returns the best tokens per pass seen.
+    """Trains for `training.steps` steps, from `out`/state.pt if it exists; returns the best tokens per target pass.
 
-    The learner ends with the average of its latest weights.
-
-    Keeps in `out` state.pt (everything needed to go on exactly), curve.csv and curve.html. Texts that are written
-    meanwhile join at the next pass over them.
+    Afterwards the learner has the moving average of its weights. `out` holds state.pt, from which training resumes
+    bitwise exactly, and curve.csv. Texts that are added meanwhile are used from the next pass on.
 
     Raises:
-        UserError: there are no texts to learn from.
+        UserError: there are no texts to train on.
     """
     say = say or (lambda line: None)
     out.mkdir(parents=True, exist_ok=True)
-    learnt = [p for p in learner.parameters() if p.requires_grad]
+    trained = [p for p in learner.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in learnt if p.dim() > 1]},
-        {"params": [p for p in learnt if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() > 1]},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, training.rate, (0.9, 0.98), weight_decay=training.weight_decay)
-    average = Average(learnt, training.average)
+    average = Average(trained, training.average)
     rng = torch.Generator().manual_seed(training.seed)
     state = Progress()
     device = learner.head.device
     saved = out / "state.pt"
     if saved.exists():
         loaded = torch.load(saved, map_location="cpu", weights_only=True)
-        learner.load_state_dict(loaded["learner"], strict=False)  # all but what is the target's own
+        learner.load_state_dict(loaded["learner"], strict=False)  # without the target's embeddings and head
         optimizer.load_state_dict(loaded["optimizer"])
         average.load(loaded["average"])
         rng.set_state(loaded["rng"])
         state = Progress(**loaded["state"])
         _trim_curve(out, state.step)
-        say(f"Going on at step {state.step}")
+        say(f"Resuming at step {state.step}")
     texts = Texts(folders, state.shards)
-    learning, judging = aside(texts, training.validation)
-    if not learning:
-        raise UserError(f"There are no texts to learn from in {', '.join(map(str, folders))}.")
+    train_texts, validation_texts = aside(texts, training.validation)
+    if not train_texts:
+        raise UserError(f"There are no texts to train on in {', '.join(map(str, folders))}.")
     if not state.step:
         _write_row(out, None)
     learner.train()
     seen, begun = [[0, 0] for _ in range(training.unroll)], time.perf_counter()
-    losing = torch.zeros(())
+    loss_sum = torch.zeros(())
     while state.step < training.steps:
-        batches = _batches(texts, learning, state.epoch, training)
+        batches = _batches(texts, train_texts, state.epoch, training)
         if state.at >= len(batches):
             state.epoch, state.at = state.epoch + 1, 0
             texts = Texts(folders)
-            learning, judging = aside(texts, training.validation)
+            train_texts, validation_texts = aside(texts, training.validation)
             continue
         state.shards = texts.shards
         batch = _moved(texts.batch(batches[state.at], learner.shape.layers), device)
@@ -285,30 +296,30 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
         torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
         average.update()
-        losing = losing + loss.detach().cpu()
+        loss_sum = loss_sum + loss.detach().cpu()
         for sums, count in zip(seen, counts, strict=False):
             sums[0], sums[1] = sums[0] + count[0], sums[1] + count[1]
         state.step, state.at, state.tokens = state.step + 1, state.at + 1, state.tokens + int(batch.lengths.sum())
         if state.step % training.check == 0 or state.step == training.steps:
             with average.instead():
-                verdict = judge(learner.eval(), texts, judging[:24], training.unroll)
+                scores = judge(learner.eval(), texts, validation_texts[:24], training.unroll)
             learner.train()
-            reached = verdict["all"]["tokens_per_pass"] if verdict else 0.0
+            reached = scores["all"]["tokens_per_pass"] if scores else 0.0
             state.seconds += time.perf_counter() - begun
             hits = [good / max(n, 1) for n, good in seen]
-            row = [state.step, state.tokens, float(losing) / training.check, reached, state.seconds, *hits]
+            row = [state.step, state.tokens, float(loss_sum) / training.check, reached, state.seconds, *hits]
             _write_row(out, row)
-            right = " ".join(f"{hit:.3f}" for hit in hits)
+            correct = " ".join(f"{hit:.3f}" for hit in hits)
             say(
                 f"step {state.step}, epoch {state.epoch}: loss {row[2]:.3f}, tokens per pass {reached:.3f}, "
-                f"right {right}, {state.seconds:.0f} s"
+                f"correct {correct}, {state.seconds:.0f} s"
             )
             better = reached > state.best + 0.002
             state.best, state.stale = max(reached, state.best), 0 if better else state.stale + 1
-            seen, losing, begun = [[0, 0] for _ in range(training.unroll)], torch.zeros(()), time.perf_counter()
+            seen, loss_sum, begun = [[0, 0] for _ in range(training.unroll)], torch.zeros(()), time.perf_counter()
             _keep(saved, learner, optimizer, average, rng, state)
             if state.stale >= training.patience:
-                say("No progress for a while: done")
+                say(f"Stopped: no progress in {training.patience} evaluations")
                 break
     average.settle()
     learner.eval()
@@ -316,10 +327,10 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
 
 
 class Average:
-    """A moving average of parameters: what a falling learning rate would give, at any time. Of what is learnt alone;
-    `torch.optim.swa_utils.AveragedModel` would keep a second copy of the target's head as well.
+    """An exponential moving average of the trained parameters, which has much of the effect of a decayed learning
+    rate. `torch.optim.swa_utils.AveragedModel` would copy the target's frozen head too.
 
-    horizon: updates it reaches back over, fewer at first.
+    horizon: number of updates averaged over; smaller for the first updates.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], horizon: int) -> None:
@@ -335,7 +346,7 @@ class Average:
 
     @contextmanager
     def instead(self) -> Iterator[None]:
-        """Inside, the parameters are the average."""
+        """Within this context the parameters have the averaged values."""
         self._swap()
         try:
             yield
@@ -343,7 +354,7 @@ class Average:
             self._swap()
 
     def settle(self) -> None:
-        """The parameters become the average."""
+        """Sets the parameters to the averaged values."""
         self._swap()
         self.values = [p.detach().clone() for p in self.parameters]
 
@@ -361,16 +372,17 @@ class Average:
 
 
 def _schedule(step: int, training: Training) -> float:
-    """Up, level, down: a run can be lengthened from any checkpoint before the descent."""
+    """Factor of the learning rate: warm-up, constant, decay. A run can be extended from any checkpoint before the
+    decay."""
     left = (training.steps - step) / max(training.cooldown * training.steps, 1)
     return min(1.0, (step + 1) / training.warmup, 1 - math.sqrt(1 - left) if left < 1 else 1.0)
 
 
 def aside(texts: Texts, share: float) -> tuple[list[int], list[int]]:
-    """Which texts are learnt from, and which greedy ones are not and judge instead: by the prompt's hash."""
+    """The texts of the training set and the greedy ones of the validation set, split by a hash of the prompt."""
     kept = [int(key[:8], 16) / 2**32 < share for key in texts.keys]
-    learning = [i for i, out in enumerate(kept) if not out]
-    return learning, [i for i, out in enumerate(kept) if out and texts.temperatures[i] == 0.0]
+    train_texts = [i for i, out in enumerate(kept) if not out]
+    return train_texts, [i for i, out in enumerate(kept) if out and texts.temperatures[i] == 0.0]
 
 
 def _shuffled(chosen: list[int], epoch: int, seed: int) -> list[int]:
@@ -390,22 +402,22 @@ def _batches(texts: Texts, chosen: list[int], epoch: int, training: Training) ->
 
 
 def _beginnings(batch: Batch, prompt: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Where rounds begin: everywhere in the answers, and at a share of the places in the user turns."""
-    everywhere = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-    luck = torch.rand(batch.ids.shape, generator=rng).to(batch.ids.device) < prompt
-    inside = (everywhere >= batch.turns[:, None]) & (everywhere < batch.lengths[:, None]) & (everywhere > 0)
-    return packed(inside & (luck | (everywhere >= batch.answers[:, None])))
+    """Positions at which rounds begin: all in the answers, and a random share of those in the user turns."""
+    index = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    drawn = torch.rand(batch.ids.shape, generator=rng).to(batch.ids.device) < prompt
+    inside = (index >= batch.turns[:, None]) & (index < batch.lengths[:, None]) & (index > 0)
+    return packed(inside & (drawn | (index >= batch.answers[:, None])))
 
 
 def packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices `[B, m]` of what is true in each row of bool `[B, n]`, in order, and which of them are real."""
+    """Indices `[B, m]` of the true entries in each row of bool `[B, n]`, in order, and a mask, false for padding."""
     most = max(int(chosen.sum(1).max()), 1)
     index = torch.argsort(chosen.long(), dim=1, descending=True, stable=True)[:, :most]
     return index, chosen.gather(1, index)
 
 
-def _competitors(batch: Batch, real: Tensor, places: Tensor, most: int) -> Tensor:
-    """The tokens that carry most of the target's mass in the batch."""
+def _competitors(batch: Batch, real: Tensor, positions: Tensor, most: int) -> Tensor:
+    """The tokens with the largest sum of the target's probabilities in the batch."""
     inside = torch.arange(batch.ids.shape[1], device=batch.ids.device) < batch.lengths[:, None]
     ids, logs = batch.top_ids[inside], batch.top_logs[inside]
     known, slot = ids.flatten().unique(return_inverse=True)
@@ -413,8 +425,8 @@ def _competitors(batch: Batch, real: Tensor, places: Tensor, most: int) -> Tenso
     return known[mass.topk(min(most, len(known))).indices]
 
 
-def _at(states: Tensor, places: Tensor) -> Tensor:
-    return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+def _at(states: Tensor, positions: Tensor) -> Tensor:
+    return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
@@ -448,7 +460,7 @@ def _write_row(out: Path, row: list[Any] | None) -> None:
 
 
 def _trim_curve(out: Path, step: int) -> None:
-    """Forgets what was noted after the checkpoint that a run goes on from."""
+    """Removes rows after the checkpoint from which a run resumes."""
     lines = (out / "curve.csv").read_text().splitlines(keepends=True)
     (out / "curve.csv").write_text(
         "".join(line for line in lines if not line[0].isdigit() or int(line.split(",")[0]) <= step)

@@ -1,6 +1,6 @@
-"""The browser app: `build(engine)` makes the page, `Engine` owns the device behind it. Imports no torch."""
+"""The browser app: `build(engine)` makes the page, `Engine` owns its device. Imports no torch."""
 
-from .engine import Engine, Limits
+from ..session.device import Engine, Limits
 from .layout import build, launch_options
 
 __all__ = ["Engine", "Limits", "build", "launch_options"]

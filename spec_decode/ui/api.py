@@ -1,6 +1,6 @@
 """The endpoint `/race`: a race for programs, over the same device and queue as the page's.
 
-In: a prompt and settings by name. Out: while it runs `{"status": "running", …}`, in the end the trace, which
+In: a prompt and settings by name. Out: while it runs `{"status": "running", …}`, in the end the exported trace, which
 `Trace.from_json(json.dumps(trace))` reads.
 """
 
@@ -14,12 +14,21 @@ from typing import Any
 import gradio as gr
 
 from ..errors import UserError
+from ..events import Trace
+from ..request import Request
+from ..session.device import Engine
+from ..session.feed import Feed
+from ..session.stream import run
 from ..settings import MAX_NEW_TOKENS, Settings
-from .engine import Engine
-from .feed import Feed
-from .run import Asked, run
 
 Endpoint = Callable[..., Iterator[dict[str, Any]]]
+
+
+def answer(trace: Trace) -> dict[str, Any]:
+    """The trace as `/race` returns it: exported, and beside the request its prompt and settings, where traces of format
+    version 1 had them."""
+    data: dict[str, Any] = json.loads(trace.exported().to_json())
+    return {**data, "prompt": data["request"]["prompt"], "settings": data["request"]["settings"]}
 
 
 def race_endpoint(engine: Engine) -> Endpoint:
@@ -46,23 +55,23 @@ def race_endpoint(engine: Engine) -> Endpoint:
 
         Args:
             prompt: what the model is asked.
-            draft_length: "adaptive", "threshold", or a number from 1 to 16.
+            draft_length: "adaptive", "rate" (from recent acceptance), or a number from 1 to 16.
             temperature: 0 is greedy decoding; up to 5.
             top_p: keep the most likely tokens up to this probability; 1 keeps all.
             top_k: keep this many most likely tokens; 0 keeps all.
             max_new_tokens: each lane ends after so many; a server may have a limit.
             seed: of the noise that sampling uses.
-            rule: "auto", "greedy", "rejection", "coupled", or "threshold", which is lossy.
-            lenience: for the rule "threshold" only, above 0 and up to 1; 1 is exact.
+            rule: "auto", or a rule by its name (`rules.RULES`).
+            lenience: for lossy rules only, above 0 and up to 1; 1 is exact.
             drafter: a drafter the page offers; empty takes the pair's own.
             system: a system prompt; empty takes the model's own.
             truncate: cut a prompt that is too long instead of refusing it.
             thinking: let the model think first, where its chat template can.
 
         Returns:
-            The trace of the finished race: pair, settings, machine, prompt, rounds with every token, and how each
-            lane ended ("time" where a limit of the server ended it). Updates before it hold only
-            {"status": "running", "baseline": tokens, "speculative": tokens}.
+            The trace of the finished race: request, pair, settings, machine, prompt, rounds with every token, and how
+            each lane ended ("time" where a limit of the server ended it). A system prompt is left out of it. Updates
+            before it hold only {"status": "running", "baseline": tokens, "speculative": tokens}.
         """
         try:
             settings = Settings(
@@ -75,13 +84,20 @@ def race_endpoint(engine: Engine) -> Endpoint:
                 max_new_tokens=max_new_tokens,
                 seed=seed,
             )
+            wanted = Request(
+                prompt,
+                settings,
+                system=system or None,
+                drafter=drafter or None,
+                truncate=bool(truncate),
+                thinking=bool(thinking),
+            )
             visitor = f"{request.session_hash if request else ''}/{uuid.uuid4().hex}"
-            asked = Asked(visitor, prompt, settings, system or None, drafter or None, truncate, thinking)
-            for view in run(engine, asked, Feed(), draw=False):
+            for view in run(engine, visitor, wanted, Feed(), draw=False):
                 if view.problem:
                     raise gr.Error(view.problem, print_exception=False)
                 if view.trace:
-                    yield json.loads(view.trace.to_json())
+                    yield answer(view.trace)
                 else:
                     yield {"status": "running", **view.counts}
         except UserError as error:

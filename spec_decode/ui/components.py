@@ -1,6 +1,6 @@
 """The two custom components of the page: `gr.HTML` with our own template and script from assets/.
 
-In: JSON text from `feed` and `plots`. Their templates do not mention the value, so Gradio has nothing to render again
+In: JSON text from `session.feed`. Their templates do not mention the value, so Gradio has nothing to render again
 when it changes; the scripts append to the page themselves. The style sheet is page-wide (`theme.py`): Gradio writes a
 component's own style sheet anew on every update, which would restyle thousands of tokens ten times a second.
 """
@@ -12,10 +12,9 @@ from pathlib import Path
 
 import gradio as gr
 
-from .feed import Feeds, idle
+from ..paths import ASSETS
+from ..session.feed import Feeds, idle
 from .terms import TERMS
-
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 
 
 def asset(name: str) -> str:
@@ -44,7 +43,7 @@ def token_view(feeds: Feeds) -> gr.HTML:
 
 
 def figures() -> gr.HTML:
-    """The four figures. Their series (`plots.Curves.live`, `plots.final`) come in batches of the token view, which
+    """The four figures. Their series (`curves.Curves.live`, `curves.final`) come in batches of the token view, which
     hands them on in the page: one wire, one output for Gradio to process.
 
     `gr.Plot` builds a figure anew for each update, which flickers and loses the visitor's place, so the figures are

@@ -6,23 +6,37 @@ control it is about.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
+from .. import rules
 from ..errors import SettingsError
 from ..settings import MAX_DRAFT_LENGTH, Settings
-from .form import CONTROLS, HELP, RULE_HELP, drafter_help
+from .form import CONTROLS, HELP, RULE_HELP, drafter_help, lenient
 
-RULES = [(name, name) for name in RULE_HELP if name != "threshold"] + [("threshold (lossy)", "threshold")]
+POLICIES = [("adaptive", "adaptive"), ("rate (from recent acceptance)", "rate"), ("fixed", "fixed")]
+RULES = [("auto", "auto"), *((rule.label, rule.name) for rule in rules.RULES.values())]
 
 
-def settings_panel() -> tuple[dict[str, Any], gr.Dropdown, gr.Textbox, gr.Checkbox]:
-    """The controls by name in the order of the panel, the drafter's, the system prompt's, and the thinking switch."""
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """The controls of the settings panel; `controls` has one for each of `form.CONTROLS`, in that order."""
+
+    controls: dict[str, Any]
+    drafter: gr.Dropdown
+    system: gr.Textbox
+    keep_system: gr.Checkbox
+    thinking: gr.Checkbox
+
+
+def settings_panel() -> Panel:
+    """Makes the controls, in the order in which they stand."""
     start = Settings()
     c: dict[str, Any] = {}
     c["policy"] = gr.Radio(
-        ["adaptive", "threshold", "fixed"],
+        POLICIES,
         value="adaptive",
         label="Draft length",
         info=HELP["policy"],
@@ -33,7 +47,7 @@ def settings_panel() -> tuple[dict[str, Any], gr.Dropdown, gr.Textbox, gr.Checkb
         MAX_DRAFT_LENGTH,
         4,
         step=1,
-        label="Tokens a draft",
+        label="Draft length γ",
         info=HELP["draft_length"],
         visible=False,
         elem_id="sd-length",
@@ -60,6 +74,9 @@ def settings_panel() -> tuple[dict[str, Any], gr.Dropdown, gr.Textbox, gr.Checkb
         c["max_new_tokens"] = _number("max_new_tokens", "Max new tokens", start.max_new_tokens, step=16)
         c["seed"] = _number("seed", "Seed", start.seed, step=1)
     system = gr.Textbox(label="System prompt", lines=2, placeholder="The model’s own, if empty.", elem_id="sd-system")
+    keep_system = gr.Checkbox(
+        False, label="Keep the system prompt in the trace", elem_id="sd-keep-system", container=False
+    )
     thinking = gr.Checkbox(False, label="Let the model think first", elem_id="sd-thinking", visible=False)
 
     c["policy"].change(
@@ -71,14 +88,14 @@ def settings_panel() -> tuple[dict[str, Any], gr.Dropdown, gr.Textbox, gr.Checkb
         show_progress="hidden",
     )
     c["rule"].change(
-        lambda rule: (gr.update(info=RULE_HELP.get(rule, HELP["rule"])), gr.update(visible=rule == "threshold")),
+        lambda rule: (gr.update(info=RULE_HELP.get(rule, HELP["rule"])), gr.update(visible=lenient(rule))),
         c["rule"],
         [c["rule"], c["lenience"]],
         queue=False,
         api_visibility="private",
         show_progress="hidden",
     )
-    return {name: c[name] for name in CONTROLS}, drafter, system, thinking
+    return Panel({name: c[name] for name in CONTROLS}, drafter, system, keep_system, thinking)
 
 
 def help_updates(values: dict[str, Any], wrong: SettingsError | None) -> list[Any]:

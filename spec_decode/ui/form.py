@@ -8,37 +8,40 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import SettingsError
+from ..rules import RULES
+from ..session.device import Limits
 from ..settings import Settings
-from .engine import Limits
 from .terms import TERMS
 
 # control → its line of help; the order is the order of the form's inputs
 HELP: dict[str, str] = {
     "policy": "Adaptive picks the fastest length each round from measured costs.",
-    "draft_length": "Tokens guessed a round, when fixed.",
+    "draft_length": "Tokens drafted a round, when fixed.",
     "temperature": "0 is greedy decoding.",
     "top_p": "1 keeps every token.",
     "top_k": "0 keeps every token.",
     "max_new_tokens": "Each lane ends after so many.",
     "seed": "The same seed gives the same noise.",
-    "rule": "How a guess is accepted.",
+    "rule": "How drafted tokens are verified.",
     "lenience": "1 is exact; smaller is faster and further from the target.",
 }
 CONTROLS = tuple(HELP)
 
 RULE_HELP: dict[str, str] = {
     "auto": "Greedy at temperature 0. Above, coupled: both lanes draw with the same noise.",
-    "greedy": "Accept while the guess is the target's top token. Same text in both lanes.",
-    "rejection": "Exact in distribution: the lanes may show different, equally likely texts.",
-    "coupled": TERMS["coupled"],
-    "threshold": "Lossy: lets guesses through that the target would refuse. The drift is measured.",
+    **{rule.name: rule.summary for rule in RULES.values()},
 }
+
+
+def lenient(rule: object) -> bool:
+    """Whether the rule of this name reads the lenience."""
+    return isinstance(rule, str) and rule in RULES and RULES[rule].lenient
 
 
 def drafter_help(name: str | None) -> str:
     """The line of help beneath the choice of a drafter, for the one that is chosen."""
     parts = [TERMS[part] for part in (name or "").split("+") if part in TERMS]
-    return " ".join(parts) or "Who guesses the next tokens."
+    return " ".join(parts) or "What drafts (guesses) the next tokens."
 
 
 def settings_from_form(values: dict[str, Any]) -> Settings:
@@ -49,7 +52,7 @@ def settings_from_form(values: dict[str, Any]) -> Settings:
     """
     data = {name: values[name] for name in CONTROLS if name not in ("policy", "draft_length")}
     policy = values["policy"]
-    if data["rule"] != "threshold":
+    if not lenient(data["rule"]):
         data["lenience"] = 0.3  # not in use, and not a reason to refuse a race
     return Settings(draft_length=values["draft_length"] if policy == "fixed" else policy, **data)
 

@@ -1,8 +1,8 @@
 """The head of the page as link previews and browsers read it: title, description, icons, Open Graph tags.
 
 Gradio's template names Gradio there, twice, and what `launch(head=...)` adds is put in by a script, which no preview
-runs. So the HTML is changed on its way out: Gradio's tags leave, ours take their place. Addresses in Open Graph tags
-must be absolute, so they are made from each request, by Gradio's own rule (forwarded host and scheme, root path).
+runs. So our tags replace Gradio's in the HTML that is sent. Addresses in Open Graph tags must be absolute, so they are
+made from each request, by Gradio's own rule (forwarded host and scheme, root path).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from starlette.responses import FileResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .components import ASSETS
+from ..paths import ASSETS
 
 TITLE = "Spec Decode"
 DESCRIPTION = (

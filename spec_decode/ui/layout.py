@@ -12,11 +12,12 @@ import gradio as gr
 from gradio.events import api
 from starlette.middleware import Middleware
 
+from ..paths import ASSETS
+from ..session.device import Engine
+from ..session.feed import Feeds
 from .api import race_endpoint
-from .components import ASSETS, asset, figures, token_view
+from .components import asset, figures, token_view
 from .controls import settings_panel
-from .engine import Engine
-from .feed import Feeds
 from .head import TITLE, Head, routes
 from .server import Guard, Server
 from .theme import style, theme
@@ -71,8 +72,8 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
                         )
                         chip.click(None, None, prompt, js=f"() => {json.dumps(example['prompt'])}", **QUIET)
                 with gr.Accordion("Settings", open=False, elem_id="sd-settings"):
-                    controls, drafter, system, thinking = settings_panel()
-                    most = controls["max_new_tokens"]
+                    panel = settings_panel()
+                    most = panel.controls["max_new_tokens"]
                     most.value = min(most.value, engine.limits.new_tokens or most.value)
             with gr.Column(elem_id="sd-main", min_width=320):
                 view = token_view(feeds)
@@ -85,10 +86,7 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
             feeds,
             Page(
                 prompt=prompt,
-                system=system,
-                drafter=drafter,
-                thinking=thinking,
-                controls=controls,
+                panel=panel,
                 go=go,
                 leave=leave,
                 stop=stop,

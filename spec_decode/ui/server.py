@@ -1,8 +1,8 @@
-"""What stands between the network and the page: health, size of requests, who may wait, and who still listens.
+"""Guards the server: health, size of requests, admission to the queue, and clients that no longer listen.
 
-In: an `Engine` and Gradio's queue. Out: `gr.Blocks` whose server answers `/health`, takes no files, and holds no place
-and no device for somebody who is gone. A race costs seconds of a device that everybody shares, so none is run for a
-client that does not listen to its events, and nobody takes all the places in the queue.
+In: an `Engine` and Gradio's queue. Out: `gr.Blocks` whose server answers `/health`, takes no files, and frees the place
+and the device of a client that is gone. A race costs seconds of a device that everybody shares, so none is run for a
+client that does not listen to its events, and no client takes all the places in the queue.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .engine import Engine
+from ..session.device import Engine
 
-BODY = 4_000_000  # bytes of a request; the longest prompt that a model takes is far from it
+BODY = 4_000_000  # bytes of a request, far more than the longest prompt of any model
 UPLOADS = ("/upload", "/process_recording")
 PATIENCE = 5.0  # seconds that an event may go unheard
 MEMORY = 60.0  # seconds that the messages of finished events are kept for a client that comes late
@@ -57,7 +57,7 @@ class Server(gr.Blocks):
 
 
 class Guard:
-    """Watches over the queue of `blocks`, which must have been made by now."""
+    """Admits calls to the queue of `blocks`, which must exist, and removes those that nobody listens to."""
 
     def __init__(self, engine: Engine, blocks: gr.Blocks, device: str) -> None:
         """`device` is the concurrency id of races."""

@@ -1,9 +1,10 @@
 """What happens on the page: every event, and the function behind it.
 
-In: the components of a page and its engine. A press of Run goes in three steps: `check` (at once)
-validates the form and issues a ticket; the ticket's change starts `stream` in Gradio's queue, one at a time for the
-device; `rest` puts the buttons back whatever happened. There are two buttons Stop, of which the style sheet shows
-one: while a visitor waits it leaves the queue, once the race runs it ends within one round and keeps what came.
+In: the components of a page and its engine. A press of Run goes in three steps: `check` (at once) validates the form
+and issues a ticket; the ticket's change starts `stream` in Gradio's queue, one at a time for the device; `rest` puts
+the buttons back whatever happened. There are two buttons Stop, of which the style sheet shows one: while a visitor
+waits it leaves the queue, once the race runs it ends within one round and keeps what came. Where the source plays a
+recording, Run plays that and the form counts for nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from typing import Any
 
 import gradio as gr
 
-from ..embedded import NAME as TINY
 from ..errors import PromptError, UserError
-from ..text import require_text
-from .controls import help_updates
-from .engine import Engine, Status
-from .feed import Feeds, idle
+from ..events import Trace
+from ..loading.embedded import NAME as TINY
+from ..request import Request
+from ..session.device import Engine, Status
+from ..session.feed import Feeds, idle
+from ..session.stream import run
+from .controls import Panel, help_updates
 from .form import CONTROLS, drafter_help, problem, settings_from_form
-from .run import Asked, run
 from .terms import marked
 
 DEVICE = "device"  # concurrency id: one race at a time
@@ -40,13 +42,10 @@ TINY_ON_PURPOSE = (
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """The components that events read or write; `controls` has one for each of `form.CONTROLS`."""
+    """The components that events read or write."""
 
     prompt: gr.Textbox
-    system: gr.Textbox
-    drafter: gr.Dropdown
-    thinking: gr.Checkbox
-    controls: dict[str, Any]
+    panel: Panel
     go: gr.Button
     leave: gr.Button
     stop: gr.Button
@@ -64,7 +63,7 @@ class Page:
 def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     """Connect everything."""
     traces, outcomes = TraceFiles(), Outcomes()
-    form = list(page.controls.values())
+    panel, form = page.panel, list(page.panel.controls.values())
     hidden, shown = gr.update(visible=False), gr.update(visible=True)
 
     def poll() -> dict[Any, Any]:
@@ -77,8 +76,10 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         }
         if now.phase == "ready":
             own = now.drafters[0]
-            out[page.drafter] = gr.update(choices=list(now.drafters), value=own, info=drafter_help(own))
-            out[page.thinking] = gr.update(visible=now.thinking is not None, value=bool(now.thinking))
+            out[panel.drafter] = gr.update(choices=list(now.drafters), value=own, info=drafter_help(own))
+            out[panel.thinking] = gr.update(visible=now.thinking is not None, value=bool(now.thinking))
+            if now.recording:
+                out[page.prompt] = gr.update(value=now.recording.request.prompt, interactive=False)
         return out
 
     def again() -> dict[Any, Any]:
@@ -88,18 +89,17 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     def chosen(drafter: str, shown: str) -> dict[Any, Any]:
         # while a race waits or runs, the status goes on naming the drafter of that race
         status = gr.skip() if 'data-state="busy"' in shown else status_html(engine.status(), drafter=drafter)
-        return {page.status: status, page.drafter: gr.update(info=drafter_help(drafter))}
+        return {page.status: status, panel.drafter: gr.update(info=drafter_help(drafter))}
 
     def check(truncate: bool, text: str | None, drafter: str, *values: Any) -> dict[Any, Any]:
         named = dict(zip(CONTROLS, values, strict=True))
-        wrong = problem(named, engine.limits)
+        now = engine.status()
+        wrong = None if now.recording else problem(named, engine.limits)
         out: dict[Any, Any] = dict(zip(form, help_updates(named, wrong), strict=True))
         if wrong:
             out[page.note] = note_html("See the settings: " + str(wrong))
-        elif unreadable := _unreadable(text or ""):
-            out[page.note] = note_html(unreadable)
-        elif not (text or "").strip():
-            out[page.note] = note_html("Write a prompt first, or take one of the examples.")
+        elif not now.recording and (unusable := _unusable(text)):
+            out[page.note] = note_html(unusable)
         else:
             out |= {
                 page.ticket: {"id": secrets.token_hex(8), "truncate": truncate},
@@ -108,7 +108,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
                 page.go: hidden,
                 page.leave: shown,
                 page.stop: shown,
-                page.status: status_html(engine.status(), busy=True, drafter=drafter),
+                page.status: status_html(now, busy=True, drafter=drafter),
             }
         return out
 
@@ -117,6 +117,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         ticket: dict[str, Any],
         text: str,
         system: str,
+        keep_system: bool,
         drafter: str,
         thinking: bool,
         *values: Any,
@@ -126,11 +127,20 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
             raise gr.Error("There is no race to run; press Run first.", print_exception=False)
         outcomes.put(visitor, Outcome())
         try:
-            settings = settings_from_form(dict(zip(CONTROLS, values, strict=True)))
-            wanted = Asked(visitor, text, settings, system, drafter, bool(ticket.get("truncate")), bool(thinking))
-            for view in run(engine, wanted, feeds.open()):
+            if recording := engine.status().recording:
+                wanted = recording.request
+            else:
+                wanted = Request(
+                    text,
+                    settings_from_form(dict(zip(CONTROLS, values, strict=True))),
+                    system=system or None,
+                    drafter=drafter or None,
+                    truncate=bool(ticket.get("truncate")),
+                    thinking=bool(thinking),
+                )
+            for view in run(engine, visitor, wanted, feeds.open()):
                 if view.trace:
-                    trace = traces.write(view.trace.to_json())
+                    trace = traces.write(view.trace.exported(system=bool(keep_system)))
                     outcomes.put(visitor, Outcome(view.problem or view.notice, trace=trace))
                 yield view.batch
         except PromptError as error:
@@ -155,21 +165,22 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
 
     def wipe(request: gr.Request) -> dict[Any, Any]:
         engine.stop(str(request.session_hash))
+        recording = engine.status().recording
         return {
-            page.prompt: "",
+            page.prompt: recording.request.prompt if recording else "",
             page.view: idle(),
             page.note: hidden,
             page.truncate: hidden,
             page.download: gr.update(value=None, interactive=False),
         }
 
-    watched = [page.status, page.go, page.retry, page.drafter, page.thinking, page.timer]
+    watched = [page.status, page.go, page.retry, panel.drafter, panel.thinking, page.timer, page.prompt]
     blocks.load(poll, None, watched, **AT_ONCE)
     page.timer.tick(poll, None, watched, **AT_ONCE)
     page.retry.click(again, None, [page.timer, page.retry, page.status], **AT_ONCE)
 
-    page.drafter.input(chosen, [page.drafter, page.status], [page.status, page.drafter], preprocess=False, **AT_ONCE)
-    asked = [page.prompt, page.drafter, *form]
+    panel.drafter.input(chosen, [panel.drafter, page.status], [page.status, panel.drafter], preprocess=False, **AT_ONCE)
+    asked = [page.prompt, panel.drafter, *form]
     checked = [page.ticket, page.note, page.truncate, page.go, page.leave, page.stop, page.status, *form]
     # a changed gr.State wakes its listeners only when the event went through the queue; this one never waits there
     page.go.click(
@@ -183,7 +194,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     # second, and even for outputs that are skipped. All that can wait for the end of the race waits for `rest`.
     running = page.ticket.change(
         stream,
-        [page.ticket, page.prompt, page.system, page.drafter, page.thinking, *form],
+        [page.ticket, page.prompt, panel.system, panel.keep_system, panel.drafter, panel.thinking, *form],
         page.view,
         preprocess=False,
         postprocess=False,
@@ -193,8 +204,8 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         show_progress_on=page.status,
         api_visibility="private",
     )
-    running.then(rest, page.drafter, resting, preprocess=False, **AT_ONCE)
-    page.leave.click(rest, page.drafter, resting, preprocess=False, cancels=[running], **AT_ONCE)
+    running.then(rest, panel.drafter, resting, preprocess=False, **AT_ONCE)
+    page.leave.click(rest, panel.drafter, resting, preprocess=False, cancels=[running], **AT_ONCE)
     page.stop.click(stop, None, None, **AT_ONCE)
     cleared = [page.prompt, page.view, page.note, page.truncate, page.download]
     page.clear.click(wipe, None, cleared, **AT_ONCE)
@@ -202,9 +213,9 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
 
 
 def status_html(now: Status, busy: bool = False, drafter: str | None = None) -> str:
-    """What is loaded and on what, or what is happening; `drafter` is the one this visitor chose. Whether a visitor who
-    asked for a race still waits for it is known to the token view, which tells the style sheet, and adds the place in
-    the queue."""
+    """What is loaded and on what, or what is happening; `drafter` is the one this visitor chose. A recording is marked
+    as one, with its machine and date. Whether a visitor who asked for a race still waits for it is known to the token
+    view, which tells the style sheet, and adds the place in the queue."""
     tiny = ""
     if now.phase != "ready" or not now.pair:
         line = escape(now.message)
@@ -213,18 +224,23 @@ def status_html(now: Status, busy: bool = False, drafter: str | None = None) -> 
         names = " + ".join(str(pair[key]) for key in ("target", "drafter") if pair.get(key))
         place = ", ".join(str(pair[key]) for key in ("device", "dtype") if pair.get(key))
         waits = "<b class='sd-waits'>Waiting for the device<span class='sd-place'></span>.</b>"
-        doing = f"{waits}<b class='sd-runs'>Racing.</b>" if busy else "<b>Ready.</b>"
-        line = f"{doing} <span>{marked(f'{names} on {place}')}</span>"
-        if pair["target"] == TINY:
+        runs, rests = ("Playing the recording.", "Recording.") if now.recording else ("Racing.", "Ready.")
+        recorded = f", {escape(str(now.recording))}{'' if busy else '. Press Run to play it.'}" if now.recording else ""
+        doing = f"{waits}<b class='sd-runs'>{runs}</b>" if busy else f"<b>{rests}</b>"
+        line = f"{doing} <span>{marked(f'{names} on {place}')}{recorded}</span>"
+        if pair.get("target") == TINY and not now.recording:
             tiny = f'<p class="sd-tiny">{marked(TINY_ON_PURPOSE)}</p>'
     state = "busy" if busy and now.phase == "ready" else now.phase
-    return f'<p role="status" data-state="{state}"><i></i><span>{line}</span></p>{tiny}'
+    mark = " data-recording" if now.recording else ""
+    return f'<p role="status" data-state="{state}"{mark}><i></i><span>{line}</span></p>{tiny}'
 
 
-def _unreadable(text: object) -> str | None:
-    """What is wrong with a prompt that is no text."""
+def _unusable(text: object) -> str | None:
+    """What is wrong with a prompt, as far as can be told without the model."""
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return "Write a prompt first, or take one of the examples."
     try:
-        require_text("prompt", text)
+        Request(text)  # type: ignore[arg-type]  # what a page sends may be anything
     except PromptError as error:
         return str(error)
     return None
@@ -273,11 +289,11 @@ class TraceFiles:
         self._files: deque[Path] = deque()
         self._keep = keep
 
-    def write(self, text: str) -> str:
-        """The path of a new file with this text."""
+    def write(self, trace: Trace) -> str:
+        """The path of a new file with this trace."""
         path = Path(self._folder.name) / secrets.token_hex(4) / "spec-decode-trace.json"
         path.parent.mkdir()
-        path.write_text(text, encoding="utf-8")
+        path.write_text(trace.to_json(), encoding="utf-8")
         self._files.append(path)
         while len(self._files) > self._keep:
             old = self._files.popleft()

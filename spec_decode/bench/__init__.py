@@ -1,0 +1,1 @@
+"""The benchmark: its method, the peers (other engines) and the report."""

@@ -1,0 +1,87 @@
+"""What is run, for the page: its caption, whatever the form says afterwards, and what may be claimed of both texts.
+
+In: a request, the names of a pair, what its source promises. Out: strings for the token view, which writes them as
+text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..events import Promises
+from ..request import Request
+from ..settings import Settings
+from ..sources import Recording
+
+SHOWN = 300  # characters of the prompt; it goes along with every batch, and the trace has the whole
+LOSSY = (
+    "The {} rule is lossy: it accepts drafted tokens that the target would refuse, so the texts may differ and the "
+    "speedup is not free."
+)
+INDEPENDENT = (
+    "The {} rule is exact in distribution: the lanes draw separately, so they may show different, equally likely texts."
+)
+NOT_EXACT = "This source does not promise that its texts follow the target’s own distribution."
+NOT_SAME = "This source does not promise that both lanes write the same text."
+
+
+def about(
+    request: Request, pair: dict[str, Any], promises: Promises, recording: Recording | None = None
+) -> dict[str, Any]:
+    """What the token view has to know of a race. It claims no more than the rule and the source promise together; "why"
+    is a sentence on what they do not."""
+    settings = request.settings
+    exact, same_text = settings.exact and promises.exact, settings.same_text and promises.same_text
+    return {
+        "ran": caption(request, pair, recording),
+        "rule": settings.rule,
+        "exact": exact,
+        "same_text": same_text,
+        "why": _why(settings, promises),
+        "rejected": promises.rejected,
+        "limit": settings.max_new_tokens,
+    }
+
+
+def _why(settings: Settings, promises: Promises) -> str:
+    if not settings.exact:
+        return LOSSY.format(settings.rule)
+    if not promises.exact:
+        return NOT_EXACT
+    if not settings.same_text:
+        return INDEPENDENT.format(settings.rule)
+    return "" if promises.same_text else NOT_SAME
+
+
+def caption(request: Request, pair: dict[str, Any], recording: Recording | None = None) -> dict[str, Any]:
+    """{"prompt": text, cut after `SHOWN` characters, "settings": [one string each]}; a setting that had no effect, such
+    as the seed of a greedy race, is left out."""
+    said = [f"{_names(pair)} on {_place(pair)}", *_settings(request.settings)]
+    said += ["thinking first"] if request.thinking else []
+    if request.system and request.system.strip():
+        said.append(f"system prompt: {_cut(request.system.strip(), 120)}")
+    said += [str(recording)] if recording else []
+    return {"prompt": _cut(request.prompt.strip(), SHOWN), "settings": said}
+
+
+def _names(pair: dict[str, Any]) -> str:
+    return " + ".join(str(pair[key]) for key in ("target", "drafter") if pair.get(key))
+
+
+def _place(pair: dict[str, Any]) -> str:
+    return ", ".join(str(pair[key]) for key in ("device", "dtype") if pair.get(key))
+
+
+def _settings(settings: Settings) -> list[str]:
+    said = [f"draft length {settings.draft_length}"]
+    lenient = "" if settings.exact else f" (lossy, lenience {settings.lenience:g})"
+    said += [f"rule {settings.rule}{lenient}", f"temperature {settings.temperature:g}"]
+    if settings.temperature:
+        said += [f"top-p {settings.top_p:g}"] if settings.top_p != 1 else []
+        said += [f"top-k {settings.top_k}"] if settings.top_k else []
+        said += [f"seed {settings.seed}"]
+    return [*said, f"at most {settings.max_new_tokens:,} new tokens"]
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length].rstrip()}… ({len(text):,} characters)"

@@ -1,0 +1,224 @@
+"""The device of the page: loads its source in the background, then runs one race at a time on one thread.
+
+In: a loader of a `Source`. Out: `status()` for the page, and `open`, `advance`, `close` for a race. The source is
+called on one worker thread alone, since thread-local state (inference mode, CUDA context, thread teams) must not change
+under a race. A race advances only while `advance` waits for it, so sending and drawing never run on a lane's clock.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from ..errors import ModelError, SettingsError, UserError
+from ..events import Promises, Reading, Round, Trace
+from ..request import Request
+from ..settings import Settings
+from ..sources import Race, Recording, Source
+
+T = TypeVar("T")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where the engine stands: `message` is one sentence for the visitor. Once ready, `pair` is `Source.info`, the
+    fields below it are those of the source, and `thinking` says how its switch stands at first, None where there is
+    none."""
+
+    phase: Literal["loading", "ready", "failed"]
+    message: str
+    pair: dict[str, Any] | None = None
+    drafters: tuple[str, ...] = ()
+    promises: Promises = field(default_factory=Promises)
+    recording: Recording | None = None
+    thinking: bool | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one race may take of a device that is shared: new tokens a lane, and seconds. None sets no limit."""
+
+    new_tokens: int | None = None
+    seconds: float | None = None
+
+    def check(self, settings: Settings) -> None:
+        """Raises SettingsError where these settings ask for more."""
+        if self.new_tokens is not None and settings.max_new_tokens > self.new_tokens:
+            raise SettingsError(
+                "max_new_tokens",
+                f"This server writes at most {self.new_tokens:,} new tokens a lane, not {settings.max_new_tokens:,}.",
+            )
+
+
+class Engine:
+    """The device, its source and its queue of one. What is loaded, and what fails, also goes to standard error."""
+
+    def __init__(
+        self, load: Callable[[Progress], Source], thinking: bool = False, limits: Limits | None = None
+    ) -> None:
+        """`load(progress)` returns the source; `thinking` is how the switch stands at first, where there is one."""
+        self._load = load
+        self._thinking = thinking
+        self.limits = limits or Limits()
+        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._status = Status("loading", "Starting.")
+        self._lock = threading.Lock()
+        self._source: Source | None = None
+        self._loading = False
+        self._running: dict[str, OpenRace] = {}
+        threading.Thread(target=self._work, name="engine", daemon=True).start()
+
+    def start(self) -> None:
+        """Load the source in the background; does nothing while it is loading or loaded."""
+        with self._lock:
+            if self._source is not None or self._loading:
+                return
+            self._loading = True
+            self._status = Status("loading", "Loading PyTorch and the model.")
+        self._submit(self._load_now)
+
+    def status(self) -> Status:
+        """The state for the page; cheap, callable from any thread."""
+        return self._status
+
+    def open(self, visitor: str, request: Request) -> OpenRace:
+        """A race ready to advance. `visitor` is the session that may stop it.
+
+        Raises:
+            PromptError: too long. ModelError: not loaded, or the drafter cannot be used. SettingsError: more than
+                `limits` allow, or something that the source cannot do.
+        """
+        self.limits.check(request.settings)
+        source = self._source
+        if source is None:
+            raise ModelError(f"The model is not ready: {self._status.message}")
+        opened = OpenRace(self._submit(lambda: source.race(request)).result(), self._submit)
+        self._running[visitor] = opened
+        return opened
+
+    def close(self, visitor: str, race: OpenRace) -> None:
+        """End a race and free its memory; safe to call twice."""
+        if self._running.get(visitor) is race:
+            del self._running[visitor]
+        race.close()
+
+    def stop(self, visitor: str) -> bool:
+        """Stop this visitor's race within one round, or one chunk of the prompt; False when there is none."""
+        race = self._running.get(visitor)
+        if race:
+            race.stop()
+        return race is not None
+
+    def _load_now(self) -> None:
+        def progress(message: str) -> None:
+            self._status = Status("loading", message)
+            _log(message)
+
+        try:
+            source = self._load(progress)
+            thinking = self._thinking if source.can_think else None
+            self._source = source
+            self._status = Status(
+                "ready", "Ready.", source.info, source.drafters, source.promises, source.recording, thinking
+            )
+        except UserError as error:
+            self._status = Status("failed", str(error))
+        except Exception as error:  # whatever a library threw must reach the page as a sentence
+            traceback.print_exc(file=sys.stderr)
+            self._status = Status("failed", f"The model could not be loaded ({type(error).__name__}: {error}).")
+        finally:
+            self._loading = False
+        if self._status.phase == "failed":
+            _log(f"loading failed: {self._status.message}")
+
+    def _submit(self, job: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._jobs.put((future, job))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            future, job = self._jobs.get()
+            try:
+                future.set_result(job())
+            except BaseException as error:  # handed to whoever waits on the future
+                future.set_exception(error)
+            del future, job  # else the last race would stay alive until the next job
+
+
+def _log(message: str) -> None:
+    print(f"Spec Decode: {message}", file=sys.stderr, flush=True)
+
+
+class OpenRace:
+    """A race on the engine's thread, advanced slice by slice."""
+
+    def __init__(self, race: Race, submit: Callable[[Callable[[], Any]], Future[Any]]) -> None:
+        self.request = race.request
+        self._race = race
+        self._submit = submit
+        self._steps = race.steps()
+        self.reading: Reading | None = None  # how far a long prompt has been read, while no lane has a token
+        self._error: Exception | None = None
+        self.busy = 0.0  # seconds the engine's thread worked on this race
+        self._closed = False
+
+    def advance(self, seconds: float) -> tuple[list[Round], bool]:
+        """The rounds of the next `seconds` (at least one round, or one chunk of a prompt that is still being read), and
+        True when the race has ended.
+
+        Raises:
+            OutOfMemory: the device ran out of memory.
+        """
+        return self._submit(lambda: self._slice(seconds)).result()
+
+    def _slice(self, seconds: float) -> tuple[list[Round], bool]:
+        if self._error:
+            raise self._error
+        rounds: list[Round] = []
+        began = time.perf_counter()
+        try:
+            return self._until(began + seconds, rounds)
+        finally:
+            self.busy += time.perf_counter() - began
+
+    def _until(self, end: float, rounds: list[Round]) -> tuple[list[Round], bool]:
+        while True:
+            try:
+                step = next(self._steps, None)
+            except Exception as error:
+                if not rounds:
+                    raise
+                self._error = error  # raised by the next call, so that the rounds before it are shown
+                return rounds, False
+            if step is None:
+                return rounds, True
+            if isinstance(step, Round):
+                rounds.append(step)
+            self.reading = None if isinstance(step, Round) else step
+            if time.perf_counter() >= end:
+                return rounds, False
+
+    def stop(self, why: str = "cancelled") -> None:
+        """End the race within one round, or one chunk of the prompt; callable from any thread. `why` stands in the
+        trace."""
+        self._race.stop(why)
+
+    @property
+    def trace(self) -> Trace:
+        return self._race.trace
+
+    def close(self) -> None:
+        """Stop, and free the race's memory on the engine's thread without waiting for it."""
+        if not self._closed:
+            self._closed = True
+            self._race.stop()
+            self._submit(self._race.close)

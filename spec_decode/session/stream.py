@@ -1,0 +1,98 @@
+"""One race from prompt to trace, as a stream of what a page has to show.
+
+In: an `Engine` and a `Request`. Out: `View`s, a few a second: a batch of new rounds, now and then with series for the
+figures, and the trace at the end. Closing the iterator frees the device: the race is stopped and closed in `finally`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UserError
+from ..events import Trace
+from ..request import Request
+from .caption import about
+from .curves import Curves, Throttle, final
+from .device import Engine
+from .feed import Feed
+from .tally import Tally
+
+SLICE = 0.08  # seconds of work between two updates of the page, at least
+LONGEST = 0.3  # and at most
+UNWATCHED = 0.5  # where there is no page
+PATIENCE = 12  # a slice lasts this many times as long as the engine just waited for the page
+
+
+@dataclass(frozen=True)
+class View:
+    """One update of the page: the batch for the token view, and the trace when finished. `problem` is what it failed
+    of, `notice` why it was stopped."""
+
+    batch: str
+    trace: Trace | None = None
+    problem: str | None = None
+    counts: dict[str, int] = field(default_factory=dict)  # tokens so far by lane
+    notice: str | None = None
+
+
+def run(engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool = True) -> Iterator[View]:
+    """Races for `visitor`, a session, and yields what to show. A device out of memory ends in a `View` with a
+    `problem`, what came before kept.
+
+    Without `draw` there are no figures, and updates are rare: nobody is watching. A race that takes longer than
+    `engine.limits` allow is stopped and says so in a `notice`, what came before kept. While a long prompt is read,
+    updates without rounds come, each with "reading": [tokens read, of how many].
+
+    Raises:
+        PromptError, ModelError, SettingsError: the race could not begin.
+    """
+    race = engine.open(visitor, request)
+    try:
+        tally, curves, throttle = Tally(), Curves(), Throttle()
+        now = engine.status()
+        what = about(race.request, race.trace.pair, now.promises, now.recording)
+        began = time.perf_counter()
+        yield View(feed.batch("running", tally.to_dict(), about=what), counts=dict.fromkeys(tally.lanes, 0))
+        done, problem = False, None
+        seconds = SLICE if draw else UNWATCHED
+        limit = engine.limits.seconds
+        while not done:
+            left = math.inf if limit is None else began + limit - time.perf_counter()
+            if left <= 0:
+                race.stop("time")
+            try:
+                rounds, done = race.advance(min(seconds, max(left, 0.0)))
+            except UserError as error:
+                rounds, done, problem = [], True, str(error)
+            except Exception as error:  # the page must outlive whatever a library throws
+                traceback.print_exc(file=sys.stderr)
+                rounds, done, problem = [], True, f"The race broke off ({type(error).__name__}: {error})."
+            pause = time.perf_counter()
+            for r in rounds:
+                tally.add(r)
+                curves.add(r)
+            feed.add(rounds)
+            trace = race.trace if done else None
+            cut = trace is not None and "time" in trace.finish.values()
+            notice = f"Stopped after {limit:g} seconds, which is as long as a race may take here." if cut else None
+            more: dict[str, Any] = {"about": what}
+            if draw and (done or throttle.due()):
+                start = time.perf_counter()
+                more["figures"] = curves.live() | {"final": final(trace) if trace else None}
+                throttle.drawn(time.perf_counter() - start)
+            if race.reading:
+                more["reading"] = [race.reading.read, race.reading.total]
+            stats = tally.to_dict(trace) | {"wall": time.perf_counter() - began}
+            batch = feed.batch("failed" if problem else "done" if done else "running", stats, **more)
+            yield View(batch, trace, problem, {name: lane.tokens for name, lane in tally.lanes.items()}, notice)
+            if draw:
+                waited = time.perf_counter() - pause
+                seconds += 0.3 * (min(LONGEST, max(SLICE, PATIENCE * waited)) - seconds)
+    finally:
+        engine.close(visitor, race)
