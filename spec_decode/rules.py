@@ -85,6 +85,13 @@ TABLE = (
         source="Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318",
     ),
     Rule(
+        "block",
+        "Exact in distribution, and accepts at least as many tokens as rejection, since a draft is judged as a whole.",
+        "round",
+        compares=_UNIFORM,
+        source="Sun et al. 2024, arXiv:2403.10444",
+    ),
+    Rule(
         "threshold",
         "Lossy: accepts drafts that the target would refuse. The drift is measured.",
         "round",

@@ -676,6 +676,41 @@ MUTANTS = [
         "if temperature == 0 else rule",
         f"{LOSSY} test_rules.py::test_at_temperature_zero_an_exact_rule_is_the_greedy_one",
     ),
+    Mutant(
+        "block: h without what was refused",
+        "verification/block.py",
+        "mass / (mass + refused)).nan_to_num(0.0)",
+        "mass / mass).nan_to_num(0.0)",
+        "test_verification.py::test_block_is_the_papers_algorithm",
+    ),
+    Mutant(
+        "block: r grows beyond 1",
+        "verification/block.py",
+        "(gain - _running_max(gain)).exp()",
+        "gain.exp()",
+        "test_verification.py::test_block_is_the_papers_algorithm",
+    ),
+    Mutant(
+        "block stops at the first refusal",
+        "verification/block.py",
+        "torch.where(uniform < bound, places, 0).amax(-1)",
+        "(uniform < bound).long().cumprod(-1).sum(-1)",
+        "test_verification.py::test_block_is_the_papers_algorithm",
+    ),
+    Mutant(
+        "block: the bonus is drawn from a residual",
+        "verification/block.py",
+        "torch.where(whole, own_p, (kept * own_p - own_q).clamp_min(0))",
+        "(kept * own_p - own_q).clamp_min(0)",
+        "test_verification.py::test_block_is_the_papers_algorithm",
+    ),
+    Mutant(
+        "block: the residual forgets r",
+        "verification/block.py",
+        "(kept * own_p - own_q)",
+        "(own_p - own_q)",
+        "test_verification.py::test_block_is_the_papers_algorithm",
+    ),
     # Distributions
     Mutant(
         "one token too many at the edge of top-p",

@@ -5,7 +5,7 @@ looks at every drafted token (those that verification never visited included), a
 of all past rounds. After a rejection it drafts where the refused draft went on with token 0. The clock is fake and
 advances by what was drafted, so that seconds tell as much as tokens do.
 
-False alarms: two chi-square tests at 1e-9 each, on fixed seeds. Noise that is keyed by position alone, and not by the
+False alarms: three chi-square tests at 1e-9 each, on fixed seeds. Noise that is keyed by position alone, and not by the
 round's start as well, fails the first of them with a quarter of the seeds (`test_noise_met_again_is_caught`).
 """
 
@@ -132,7 +132,11 @@ def test_rejection_is_exact_whatever_the_controller_has_seen(fake_clock: Clock, 
     assert p_value(fake_clock, one_hot, SEEDS) > FALSE_ALARM
 
 
-@pytest.mark.parametrize("rule", ["rejection"])
+def test_block_verification_is_exact_whatever_the_controller_has_seen(fake_clock: Clock) -> None:
+    assert p_value(fake_clock, False, SEEDS, "block") > FALSE_ALARM
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block"])
 def test_noise_met_again_is_caught(fake_clock: Clock, monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
     """The same test with noise that forgets where its round started."""
     keys = noise.position_keys

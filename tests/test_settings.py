@@ -124,7 +124,7 @@ def test_which_rules_are_exact_and_which_show_the_same_text(temperature: float) 
         temperature=st.floats(0, 5),
         top_p=st.floats(0, 1, exclude_min=True),
         top_k=st.integers(0, 1_000_000),
-        rule=st.sampled_from([None, "coupled", "rejection", "threshold"]),
+        rule=st.sampled_from([None, "coupled", "rejection", "block", "threshold"]),
         lenience=st.floats(1e-6, 1),
         max_new_tokens=st.integers(1, MAX_NEW_TOKENS),
         seed=st.integers(0, MAX_SEED),

@@ -35,6 +35,7 @@ from spec_decode.settings import Settings
 from spec_decode.state import State
 from spec_decode.target import Pass
 from spec_decode.verification import Verdict, residual
+from spec_decode.verification.block import block
 from spec_decode.verification.coupled import coupled
 from spec_decode.verification.rejection import rejection
 from spec_decode.verification.threshold import threshold
@@ -200,7 +201,7 @@ def p_value(tokens: Tensor, joint: np.ndarray) -> float:
     return float(scipy.stats.chisquare(observed, expected).pvalue)
 
 
-@pytest.mark.parametrize("rule", [rejection], ids=["rejection"])
+@pytest.mark.parametrize("rule", [rejection, block], ids=["rejection", "block"])
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
 def test_the_rule_is_exact(combination: Combination, rule: Rule) -> None:
     tokens = sample(combination, rule, seed=2024)
@@ -276,6 +277,25 @@ def shared_noise(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: T
     return rejection(draft, p, q, torch.where(draft == 0, dependent, wrong), noise)
 
 
+def block_from_ratios(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor) -> Verdict:
+    """Accepts up to the last i whose uniform number is below r_i, where block verification takes h_i."""
+    right = block(draft, p, q, u, noise)
+    assert q is not None
+    at = draft[..., None]
+    ratio = p[:, : draft.shape[1]].gather(-1, at)[..., 0] / q.gather(-1, at)[..., 0]
+    running = torch.ones_like(ratio[:, 0])
+    rows = []
+    for i in range(draft.shape[1]):
+        running = (running * ratio[:, i]).clamp_max(1.0)
+        rows.append(running)
+    places = torch.arange(1, draft.shape[1] + 1)
+    accepted = torch.where(u < torch.stack(rows, 1), places, 0).amax(-1)
+    row = accepted[:, None, None].expand(-1, 1, p.shape[-1])
+    rest = torch.cat([torch.stack([torch.ones_like(running), *rows[:-1]], 1)[..., None] * p[:, :-1] - q, p[:, -1:]], 1)
+    own = rest.clamp_min(0).gather(1, row)
+    return replace(right, accepted=accepted, token=exponential_argmax(own, noise.gather(1, row))[:, 0])
+
+
 def lenient(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor) -> Verdict:
     """The lossy rule, barely lossy."""
     return threshold(draft, p, q, u, noise, 0.85)
@@ -291,6 +311,7 @@ def lenient(draft: Tensor, p: Tensor, q: Tensor | None, u: Tensor, noise: Tensor
         (bonus_from_residual, Combination("sampled", 1)),
         (keeps_going, Combination("sampled", 3)),
         (shared_noise, Combination("sampled", 2)),
+        (block_from_ratios, Combination("sampled", 3)),
         (lenient, Combination("sampled", 2)),
         (lenient, Combination("one-hot", 4)),
     ],
@@ -441,7 +462,7 @@ def decoded(lengths: Fixed, rule: str, trials: int, kind: type[ModelDrafter] = M
 
 
 @pytest.mark.parametrize("lengths", [Fixed(2), Early(3)], ids=["fixed", "ends early"])
-@pytest.mark.parametrize("rule", ["rejection", "coupled"])
+@pytest.mark.parametrize("rule", ["rejection", "coupled", "block"])
 def test_decode_is_exact(rule: str, lengths: Fixed) -> None:
     assert decoded(lengths, rule, 500) > FALSE_ALARM
 
