@@ -71,6 +71,13 @@ KINDS: tuple[Kind, ...] = (
         combines=True,
     ),
     Kind(
+        "suffix",
+        "suffix decoding",
+        "suffix",
+        "Suffix decoding: what most often followed the end of the text earlier is drafted to follow again.",
+        combines=True,
+    ),
+    Kind(
         "mtp",
         "MTP",
         "mtp",
