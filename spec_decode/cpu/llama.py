@@ -181,21 +181,17 @@ class Int8Llama(nn.Module):
     def _scratch(self, rows: int, keep: int) -> LlamaScratch:
         """Room for a pass. Quantized rows end in zeros, where the weights are padded."""
         weights, shape = self.weights, self.shape
-        width = len(weights.final_norm)
 
         def room(columns: int) -> np.ndarray:
             return np.empty((rows, columns), np.float32)
 
         return LlamaScratch(
-            normed=room(width),
-            quantized_normed=kernels.quantized(rows, weights.qkv.values.shape[2]),
-            qkv=room(weights.qkv.values.shape[1]),
+            normed=kernels.quantized(rows, weights.qkv.values.shape[2]),
+            query=room(shape.heads * shape.head_size),
             attended=room(shape.heads * shape.head_size),
             quantized_attended=kernels.quantized(rows, weights.attention_out.values.shape[2]),
-            gate_up=room(weights.gate_up.values.shape[1]),
             gated=room(weights.gate_up.values.shape[1] // 2),
             quantized_gated=kernels.quantized(rows, weights.down.values.shape[2]),
-            update=room(width),
             last=kernels.quantized(keep, weights.qkv.values.shape[2]),
         )
 

@@ -88,25 +88,21 @@ class LlamaPass(NamedTuple):
 
 
 class LlamaScratch(NamedTuple):
-    """Intermediate results of a pass, shared by its threads, with a row for each row of the pass. All layers use the
+    """What the threads of a pass hand to each other, with a row for each row of the pass. All layers use the
     same buffers: a phase begins when the phase before it is done.
 
-    normed, quantized_normed: what a norm gave, before and after quantization.
-    qkv, attended, quantized_attended: of attention.
-    gate_up, gated, quantized_gated: of the MLP.
-    update: what attention or the MLP adds to the hidden states.
+    normed: what a norm gave.
+    query, attended, quantized_attended: of attention.
+    gated, quantized_gated: of the MLP.
     last: the kept rows after the last norm.
     """
 
-    normed: np.ndarray
-    quantized_normed: Quantized
-    qkv: np.ndarray
+    normed: Quantized
+    query: np.ndarray
     attended: np.ndarray
     quantized_attended: Quantized
-    gate_up: np.ndarray
     gated: np.ndarray
     quantized_gated: Quantized
-    update: np.ndarray
     last: Quantized
 
 

@@ -11,7 +11,7 @@ from .arguments import AssistantScratch, AssistantWeights, DraftRequest, DraftRe
 from .compiled import kernel
 from .floats import ieee
 from .noise import noise
-from .passes import CHUNK, chunks_of
+from .passes import CHUNK, multiply
 from .products import levels, partial_sums, products
 from .rows import argmax, attend, attention_weights, exponentials, gate, largest, quantize_row, rms_norm, rotate, top
 from .sharing import TICKETS, finish_chunk, next_chunk, team
@@ -31,14 +31,7 @@ def _quantized_row(x: Any, w: Any) -> Any:
 @njit
 def _project(tickets: Any, phase: Any, x: Any, w: Any, out: Any, sums: Any) -> None:
     """A phase: the products of w with one row x, in the row of `out`. Every thread quantizes x itself."""
-    row = _quantized_row(x, w)
-    outputs = w.values.shape[0]
-    chunks = chunks_of(outputs, CHUNK)
-    c = next_chunk(tickets, phase, chunks)
-    while c >= 0:
-        begin, end = c * CHUNK, min(c * CHUNK + CHUNK, outputs)
-        products(w, row, begin, end, out[:, begin:end], sums)
-        c = finish_chunk(tickets, phase, chunks)
+    multiply(tickets, phase, w, _quantized_row(x, w), CHUNK, out, sums)
 
 
 @ieee

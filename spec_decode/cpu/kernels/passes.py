@@ -39,6 +39,18 @@ def chunks_of(outputs: Any, size: Any) -> Any:
 
 
 @njit
+def multiply(tickets: Any, phase: Any, w: Any, rows: Any, size: Any, out: Any, sums: Any) -> None:
+    """A phase: the products of w with `rows`, in chunks of `size` outputs."""
+    outputs = w.values.shape[0]
+    chunks = chunks_of(outputs, size)
+    c = next_chunk(tickets, phase, chunks)
+    while c >= 0:
+        begin, end = c * size, min(c * size + size, outputs)
+        products(w, rows, begin, end, out[:, begin:end], sums)
+        c = finish_chunk(tickets, phase, chunks)
+
+
+@njit
 def _quantize_rows(tickets: Any, phase: Any, x: Any, out: Any) -> None:
     """A phase: quantizes every row of x."""
     r = next_chunk(tickets, phase, x.shape[0])
@@ -48,27 +60,27 @@ def _quantize_rows(tickets: Any, phase: Any, x: Any, out: Any) -> None:
 
 
 @njit
-def _norm_rows(tickets: Any, phase: Any, x: Any, weight: Any, epsilon: Any, normed: Any, out: Any) -> None:
-    """A phase: RMS norm and quantization of every row of x."""
+def _norm_rows(tickets: Any, phase: Any, x: Any, weight: Any, epsilon: Any, row: Any, out: Any) -> None:
+    """A phase: RMS norm and quantization of every row of x. `row` is the thread's own, one row."""
     r = next_chunk(tickets, phase, x.shape[0])
     while r >= 0:
-        rms_norm(x[r], weight, epsilon, normed[r])
-        out.scales[r] = quantize_row(normed[r], levels(x.shape[1]), out.values[r])
+        rms_norm(x[r], weight, epsilon, row)
+        out.scales[r] = quantize_row(row, levels(x.shape[1]), out.values[r])
         r = finish_chunk(tickets, phase, x.shape[0])
 
 
 @njit
-def _add_products(tickets: Any, phase: Any, w: Any, rows: Any, update: Any, x: Any, sums: Any) -> None:
-    """A phase: x += products of w with `rows`; the products are written to `update`."""
+def _add_products(tickets: Any, phase: Any, w: Any, rows: Any, part: Any, x: Any, sums: Any) -> None:
+    """A phase: x += products of w with `rows`. `part` is the thread's own, `[rows, CHUNK]`."""
     outputs = x.shape[1]
     chunks = chunks_of(outputs, CHUNK)
     c = next_chunk(tickets, phase, chunks)
     while c >= 0:
         begin, end = c * CHUNK, min(c * CHUNK + CHUNK, outputs)
-        products(w, rows, begin, end, update[:, begin:end], sums)
+        products(w, rows, begin, end, part, sums)
         for r in range(x.shape[0]):
             for i in range(begin, end):
-                x[r, i] += update[r, i]
+                x[r, i] += part[r, i - begin]
         c = finish_chunk(tickets, phase, chunks)
 
 
@@ -82,13 +94,7 @@ def _linear(tickets: Any, x: Any, w: Matrix, rows: Quantized, out: Any) -> Any:
     phase = 0
     _quantize_rows(tickets, phase, x, rows)
     phase += 1
-    outputs = w.values.shape[0]
-    chunks = chunks_of(outputs, CHUNK)
-    c = next_chunk(tickets, phase, chunks)
-    while c >= 0:
-        begin, end = c * CHUNK, min(c * CHUNK + CHUNK, outputs)
-        products(w, rows, begin, end, out[:, begin:end], sums)
-        c = finish_chunk(tickets, phase, chunks)
+    multiply(tickets, phase, w, rows, CHUNK, out, sums)
     phase += 1
     return phase
 
@@ -124,34 +130,32 @@ def _llama(
     count = x.shape[0]
     gated_width = scratch.gated.shape[1]
     group = heads // kv_heads
-    normed, update = scratch.normed, scratch.update
-    quantized_normed, qkv, attended = scratch.quantized_normed, scratch.qkv, scratch.attended
+    normed, query, attended = scratch.normed, scratch.query, scratch.attended
     buffer = (kv_heads, cache.capacity, size)
     sums = partial_sums()
     attention = np.empty(attention_weights(0, start + count), np.float32)
-    rotated = np.empty(size, np.float32)
+    # The products of a chunk stay in the thread's own memory, which is in its core's cache.
+    one_head, row = np.empty((count, size), np.float32), np.empty(x.shape[1], np.float32)
+    left, right = np.empty((count, CHUNK), np.float32), np.empty((count, CHUNK), np.float32)
     phase = 0
     for layer in range(weights.attention_norm.shape[0]):
-        norm = weights.attention_norm[layer]
-        _norm_rows(tickets, phase, x, norm, shape.epsilon, normed, quantized_normed)
+        _norm_rows(tickets, phase, x, weights.attention_norm[layer], shape.epsilon, row, normed)
         phase += 1
-        # q, k and v. A chunk is a head, which is rotated and stored while it is in the core's cache.
+        # q, k and v. A chunk is a head.
         keys = carray(at_address(cache.keys[layer]), buffer)
         values = carray(at_address(cache.values[layer]), buffer)
         w = matrix_of(weights.qkv, layer)
         head = next_chunk(tickets, phase, heads + 2 * kv_heads)
         while head >= 0:
             begin, end = head * size, head * size + size
-            products(w, quantized_normed, begin, end, qkv[:, begin:end], sums)
+            products(w, normed, begin, end, one_head, sums)
             for r in range(count):
-                part = qkv[r, begin:end]
                 if head >= heads + kv_heads:
-                    values[head - heads - kv_heads, start + r, :] = part
+                    values[head - heads - kv_heads, start + r, :] = one_head[r]
                 elif head >= heads:
-                    rotate(part, rows.rope.cos[r], rows.rope.sin[r], keys[head - heads, start + r])
+                    rotate(one_head[r], rows.rope.cos[r], rows.rope.sin[r], keys[head - heads, start + r])
                 else:
-                    rotate(part, rows.rope.cos[r], rows.rope.sin[r], rotated)
-                    part[:] = rotated
+                    rotate(one_head[r], rows.rope.cos[r], rows.rope.sin[r], query[r, begin:end])
             head = finish_chunk(tickets, phase, heads + 2 * kv_heads)
         phase += 1
         # Attention. A chunk is one query of one head.
@@ -160,15 +164,15 @@ def _llama(
             r, head = c // heads, c % heads
             at = slice(head * size, head * size + size)
             k, v = keys[head // group], values[head // group]
-            attend(qkv[r, at], k, v, 0, start + r + 1, shape.attention_scaling, attention, attended[r, at])
+            attend(query[r, at], k, v, 0, start + r + 1, shape.attention_scaling, attention, attended[r, at])
             c = finish_chunk(tickets, phase, count * heads)
         phase += 1
         _quantize_rows(tickets, phase, attended, scratch.quantized_attended)
         phase += 1
         w = matrix_of(weights.attention_out, layer)
-        _add_products(tickets, phase, w, scratch.quantized_attended, update, x, sums)
+        _add_products(tickets, phase, w, scratch.quantized_attended, left, x, sums)
         phase += 1
-        _norm_rows(tickets, phase, x, weights.mlp_norm[layer], shape.epsilon, normed, quantized_normed)
+        _norm_rows(tickets, phase, x, weights.mlp_norm[layer], shape.epsilon, row, normed)
         phase += 1
         # Gate and up. A chunk is the same outputs of both.
         w = matrix_of(weights.gate_up, layer)
@@ -176,17 +180,15 @@ def _llama(
         c = next_chunk(tickets, phase, chunks)
         while c >= 0:
             begin, end = c * CHUNK, min(c * CHUNK + CHUNK, gated_width)
-            left = scratch.gate_up[:, begin:end]
-            up = scratch.gate_up[:, gated_width + begin : gated_width + end]
-            products(w, quantized_normed, begin, end, left, sums)
-            products(w, quantized_normed, gated_width + begin, gated_width + end, up, sums)
+            products(w, normed, begin, end, left, sums)
+            products(w, normed, gated_width + begin, gated_width + end, right, sums)
             for r in range(count):
-                gate(left[r], up[r], False, scratch.gated[r, begin:end])
+                gate(left[r, : end - begin], right[r, : end - begin], False, scratch.gated[r, begin:end])
             c = finish_chunk(tickets, phase, chunks)
         phase += 1
         _quantize_rows(tickets, phase, scratch.gated, scratch.quantized_gated)
         phase += 1
-        _add_products(tickets, phase, matrix_of(weights.down, layer), scratch.quantized_gated, update, x, sums)
+        _add_products(tickets, phase, matrix_of(weights.down, layer), scratch.quantized_gated, left, x, sums)
         phase += 1
     first, last = count - rows.logits.shape[0], scratch.last
     r = next_chunk(tickets, phase, count)
@@ -196,13 +198,7 @@ def _llama(
             last.scales[r - first] = quantize_row(x[r], levels(x.shape[1]), last.values[r - first])
         r = finish_chunk(tickets, phase, count)
     phase += 1
-    outputs = rows.head.values.shape[0]
-    chunks = chunks_of(outputs, HEAD_CHUNK) if rows.logits.shape[0] else 0
-    c = next_chunk(tickets, phase, chunks)
-    while c >= 0:
-        begin, end = c * HEAD_CHUNK, min(c * HEAD_CHUNK + HEAD_CHUNK, outputs)
-        products(rows.head, last, begin, end, rows.logits[:, begin:end], sums)
-        c = finish_chunk(tickets, phase, chunks)
+    multiply(tickets, phase, rows.head, last, HEAD_CHUNK, rows.logits, sums)
     phase += 1
     return phase
 
