@@ -6,7 +6,8 @@ for both lanes of a race (`Prefill`). Baseline is the same loop with no drafter,
 on the same noise. Knows nothing of clocks across lanes, of chat, or of who watches.
 
 Each round has two halves. `decode_round` touches only tensors on the device: it reads nothing on the host, and its
-shapes depend on the draft length alone. `narrate` makes text and events of the one copy to the host.
+operations depend on the draft length and the bucket of the cache alone (tests/test_rounds.py). It takes several rows,
+each at a length of its own; the loop decodes one. `narrate` makes text and events of the one copy to the host.
 
 Why the output follows the target's distribution, though a controller chooses γ by what it saw of past rounds (tokens,
 confidences and seconds, those of refused drafts included), and may end a draft early:
@@ -237,6 +238,7 @@ def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | 
             begun = time.perf_counter()  # what the reader of rounds does is not this lane's time
 
 
+@torch.inference_mode()
 def decode_round(
     lane: Lane, state: State, length: int, draft: Draft | None = None, watch: Stopwatch | None = None
 ) -> Outcome:
@@ -255,6 +257,7 @@ def decode_round(
     return judge(lane, state, draft, passed)
 
 
+@torch.inference_mode()
 def judge(lane: Lane, state: State, draft: Draft, passed: Pass) -> Outcome:
     """The verdict on a draft, by the lane's rule, after the target has read it; `state` gets the tokens.
 
@@ -266,7 +269,7 @@ def judge(lane: Lane, state: State, draft: Draft, passed: Pass) -> Outcome:
     if logits.dim() == 2:
         logits, hidden = logits[None], None if hidden is None else hidden[None]
     p = softmax(logits.float()) if settings.temperature == 0 else distribution(logits, settings)
-    noise = RoundNoise(settings.seed, state.length, logits.shape[1], logits.shape[2], logits.device)
+    noise = RoundNoise(settings.seed, state.lengths, logits.shape[1], logits.shape[2])
     case = Case(draft.ids, logits, p, draft.q, noise, settings.temperature, settings.lenience)
     verdict = lane.rule.verify(case)
     state.accept(verdict.accepted, verdict.token, hidden)

@@ -24,39 +24,39 @@ STREAMS = 4
 
 @dataclass(frozen=True)
 class RoundNoise:
-    """The noise of one round of one row, made when it is asked for.
+    """The noise of one round, made when it is asked for.
 
     Args:
         seed: of the settings.
-        start: position of the first token that the round may emit.
+        starts: int64 `[rows]`, on the device the noise is wanted on: position of the first token that the round may
+            emit in each row.
         count: positions from there on, γ + 1.
         vocabulary: V.
-        device: where the noise is wanted.
     """
 
     seed: int
-    start: int
+    starts: Tensor
     count: int
     vocabulary: int
-    device: torch.device
 
     @property
     def _positions(self) -> Tensor:
-        return torch.arange(self.start, self.start + self.count, device=self.device)
+        """`[rows, γ + 1]`"""
+        return self.starts[:, None] + torch.arange(self.count, device=self.starts.device)
 
     def shared(self) -> Tensor:
-        """Exponential noise `[1, γ + 1, V]` of the target's own sample, the same in every round."""
-        return exponential(self.seed, self._positions, self.vocabulary, TARGET)[None]
+        """Exponential noise `[rows, γ + 1, V]` of the target's own sample, the same in every round."""
+        return exponential(self.seed, self._positions, self.vocabulary, TARGET)
 
     def uniform(self) -> Tensor:
-        """Uniform numbers `[1, γ]`, of this round alone, that drafts are accepted with."""
+        """Uniform numbers `[rows, γ]`, of this round alone, that drafts are accepted with."""
         positions = self._positions
-        return uniform(self.seed, positions[:-1], ACCEPT, positions[:1])[None]
+        return uniform(self.seed, positions[:, :-1], ACCEPT, positions[:, :1])
 
     def residual(self) -> Tensor:
-        """Exponential noise `[1, γ + 1, V]`, of this round alone, that the target's own token is drawn with."""
+        """Exponential noise `[rows, γ + 1, V]`, of this round alone, that the target's own token is drawn with."""
         positions = self._positions
-        return exponential(self.seed, positions, self.vocabulary, RESIDUAL, positions[:1])[None]
+        return exponential(self.seed, positions, self.vocabulary, RESIDUAL, positions[:, :1])
 
 
 def exponential(
@@ -65,18 +65,18 @@ def exponential(
     """Independent Exp(1) noise, a function of (seed, position, token, stream) alone, and of `start` where it is given.
 
     Args:
-        positions: integer `[k]`, absolute positions in the sequence, on the device the noise is wanted on.
-        start: integer `[1]` or `[k]`, the position at which the round starts, for noise that no other round meets.
+        positions: integer `[...]`, absolute positions in the sequence, on the device the noise is wanted on.
+        start: integer, broadcastable to `positions`: where the round starts, for noise that no other round meets.
 
     Returns:
-        float32 `[k, vocabulary]`, positive.
+        float32 `[..., vocabulary]`, positive.
     """
     tokens = torch.arange(vocabulary, dtype=torch.int32, device=positions.device)
     return _exponential_at(seed, positions, tokens, stream, start)
 
 
 def uniform(seed: int, positions: Tensor, stream: int = ACCEPT, start: Tensor | None = None) -> Tensor:
-    """Independent U(0, 1) noise `[k]` for integer `positions` `[k]`; see `exponential`."""
+    """Independent U(0, 1) noise `[...]` for integer `positions` `[...]`; see `exponential`."""
     zero = torch.zeros(1, dtype=torch.int32, device=positions.device)
     return (-_exponential_at(seed, positions, zero, stream, start)).exp().clamp_max(1 - 2.0**-24).squeeze(-1)
 
@@ -88,11 +88,13 @@ def position_keys(seed: int, positions: np.ndarray, stream: int, start: np.ndarr
 
 def _exponential_at(seed: int, positions: Tensor, tokens: Tensor, stream: int, start: Tensor | None) -> Tensor:
     if _compiled(tokens):
-        keys = position_keys(seed, positions.numpy(), stream, None if start is None else start.numpy())
-        return torch.from_numpy(kernels.exponential(keys, tokens.numpy().view(np.uint32)))
-    begin = None if start is None else start.to(torch.int32)[:, None]
-    key1, key2 = _keys(seed, positions.to(torch.int32)[:, None], stream, begin)
-    bits = _mix(_mix(tokens[None, :] ^ key1) + key2)
+        starts = None if start is None else start.expand(positions.shape).reshape(-1).numpy()
+        keys = position_keys(seed, positions.reshape(-1).numpy(), stream, starts)
+        made = torch.from_numpy(kernels.exponential(keys, tokens.numpy().view(np.uint32)))
+        return made.view(*positions.shape, len(tokens))
+    begin = None if start is None else start.to(torch.int32)[..., None]
+    key1, key2 = _keys(seed, positions.to(torch.int32)[..., None], stream, begin)
+    bits = _mix(_mix(tokens ^ key1) + key2)
     # v uniform in (0, 1) with its finest steps near 0, where the winners of a race lie.
     v = bits.to(torch.float32).mul_(2.0**-32)
     v = torch.where(v < 0, v + 1.0, v).add_(2.0**-33).clamp_(max=1 - 2.0**-24)

@@ -148,7 +148,7 @@ def draw(logits: Tensor, positions: Tensor, start: Tensor, settings: Settings) -
     Args:
         logits: `[k, V]`, the drafter's.
         positions: integer `[k]`, where the tokens would stand.
-        start: integer `[1]` or `[k]`, the position of the first token of the draft.
+        start: integer `[1]` or `[k]`, the position of the first token of each draft.
     """
     if settings.temperature == 0:
         ids, p = argmax(logits), softmax(logits.float())

@@ -3,6 +3,9 @@
 In: token ids and a cache. Out: logits for every position of the pass, and the last hidden state where a drafter needs
 it. Uses only the public forward and cache interface of transformers, so any decoder-only model works. Independent of
 drafts and rules; a draft model is a `Target` too.
+
+A pass follows the cache's lengths on the device: positions and masks are made from them, and nothing of the host's
+enters but the number of tokens and the bucket.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +21,16 @@ from transformers import PreTrainedModel
 
 from .cache import ARGUMENT, BUCKET, RollbackCache, layer_kinds
 from .clock import finish
+from .cpu.llama import Int8Llama
+from .masks import Masks
+from .settings import MAX_DRAFT_LENGTH
 
 # Possible chunk sizes of the prefill in tokens, all multiples of `kernels.products.MAX_ROWS`.
 CHUNKS = (6, 24, 96, 384, 1536)
 AIM = 0.8  # upper bound of the time of a chunk, in seconds
 FAR = 4096  # position at which chunks are timed a second time
 ANYWHERE = 1 << 30  # a position beyond every text
+FEW = MAX_DRAFT_LENGTH + 1  # tokens of a pass that copies the experts which each of them chose
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,9 @@ class Target:
         eos: ids that end a text, from the generation config.
         chunks: (size, position) pairs, the largest size first: a prefill pass reads `size` tokens where at most
             `position` tokens precede them; see `choose_chunks`.
+        masks: makes the masks of passes over a cache that holds something; None where transformers makes them.
+        batched_experts: whether passes over few tokens run a mixture of experts as one batch, with no shape that
+            depends on which experts were chosen. On a CPU transformers' own way is faster.
 
     Raises:
         ValueError: the model has layers whose state cannot roll back (recurrent, chunked attention).
@@ -72,10 +83,16 @@ class Target:
         eos = self.config.eos_token_id if eos is None else eos
         self.eos = frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
         self.chunks: tuple[tuple[int, int], ...] = ((CHUNKS[-1], ANYWHERE),)
+        self.masks = Masks.of(model, self.kinds)
+        self.batched_experts = self.device.type != "cpu"
+        # How transformers runs a mixture of experts; None for a model without, or whose experts it cannot choose for.
+        mixture = any(hasattr(module, "has_gate") for module in model.modules())
+        self._experts = self.config._experts_implementation if mixture else None
+        self._fused = isinstance(model.base_model, Int8Llama)  # it knows its positions and masks from the cache
 
-    def new_cache(self, capacity: int) -> RollbackCache:
-        """A cache for one sequence of up to `capacity` positions."""
-        return RollbackCache(self.model.config, capacity)
+    def new_cache(self, capacity: int, rows: int = 1) -> RollbackCache:
+        """A cache for `rows` sequences of up to `capacity` positions."""
+        return RollbackCache(self.model.config, capacity, rows, self.device)
 
     def prefill(self, tokens: Tensor, cache: RollbackCache, hidden: bool = False) -> Pass:
         """Reads the prompt into an empty cache. The pass has the last position only (k = 1)."""
@@ -107,21 +124,38 @@ class Target:
 
     @torch.inference_mode()
     def _forward(self, tokens: Tensor, cache: RollbackCache, hidden: bool, keep: int) -> Pass:
-        start, count = cache.length, tokens.shape[-1]
-        position = torch.arange(start, start + count, device=self.device)[None]
+        count = tokens.shape[-1]
         out = self.model(
             input_ids=tokens.view(-1, count),
-            position_ids=position,
             use_cache=True,
             logits_to_keep=keep,
             output_hidden_states=hidden,
             **{ARGUMENT: cache},
+            **({} if self._fused else self._placed(cache, count)),
         )
         cache.advance(count)
         states = out.hidden_states[-1][:, -keep:] if hidden else None
         if tokens.dim() == 1:
             return Pass(out.logits[0], None if states is None else states[0], cache)
         return Pass(out.logits, states, cache)
+
+    def _placed(self, cache: RollbackCache, count: int) -> dict[str, Any]:
+        """Positions and masks of a pass over `count` tokens, as arguments of the model's forward."""
+        self._choose_experts(count * len(cache.lengths))
+        positions = cache.positions(count)
+        if cache.length == 0 or self.masks is None:
+            # From an empty cache transformers makes the masks too: none, where it is faster without.
+            return {"position_ids": positions}
+        return {"position_ids": positions, "attention_mask": self.masks(positions, cache.width(count))}
+
+    def _choose_experts(self, tokens: int) -> None:
+        """Before a pass over so many `tokens`. A batch copies the weights of every expert of every token: the fewest
+        operations for few tokens, too much memory for a prompt."""
+        if not self.batched_experts or self._experts not in ("eager", "grouped_mm"):
+            return
+        wanted = "batched_mm" if tokens <= FEW else self._experts
+        if self.config._experts_implementation != wanted:
+            self.model.set_experts_implementation(wanted)
 
 
 def choose_chunks(target: Target) -> tuple[tuple[int, int], ...]:

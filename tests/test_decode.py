@@ -45,6 +45,12 @@ class Cache:
         assert length <= len(self.ids)
         del self.ids[length:]
 
+    def keep(self, lengths: Tensor) -> None:
+        self.rollback(int(lengths))
+
+    def settle(self, length: int) -> None:
+        assert length <= len(self.ids)
+
     def free(self) -> None:
         self.ids = []
 

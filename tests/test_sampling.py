@@ -282,7 +282,7 @@ def test_a_round_shares_noise_with_no_other_and_between_no_two_uses() -> None:
     """Two rounds that both reach position 7 have only the noise of the target's own sample there in common; drafts are
     drawn with noise that no verification uses."""
     seed, vocabulary = 3, 50
-    early, late = (RoundNoise(seed, start, 4, vocabulary, torch.device("cpu")) for start in (5, 7))
+    early, late = (RoundNoise(seed, torch.tensor([start]), 4, vocabulary) for start in (5, 7))
     assert torch.equal(early.shared()[0, 2:], late.shared()[0, :2])
     at_7 = [early.shared()[0, 2, 0], early.residual()[0, 2, 0], late.residual()[0, 0, 0]]
     at_7 += [-early.uniform()[0, 2].log(), -late.uniform()[0, 0].log()]  # made of the noise of token 0

@@ -1,7 +1,9 @@
 """A smaller causal model with the same tokenizer as drafter.
 
 It keeps a cache of its own in step with the sequence: what was emitted and already read stays, what was refused is
-rolled back, and only tokens it has not read are fed, so none is computed twice.
+rolled back, and only tokens it has not read are fed, so none is computed twice. On an accelerator it is fed two tokens
+at the start of every draft, of which it may have read the first: which it has depends on how many were accepted, and
+the operations of a round may not.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class ModelDrafter(Drafter):
         self.settings = settings
         self.length = len(prompt)
         self.cache = self.model.new_cache(capacity)
-        return self._read(torch.tensor(prompt, device=self.model.device))
+        self.reading = self._read(torch.tensor(prompt, device=self.model.device))
+        return self.reading
 
     def _read(self, prompt: torch.Tensor) -> Iterator[Reading]:
         for _ in self.model.read(prompt, self.cache):
@@ -55,15 +58,22 @@ class ModelDrafter(Drafter):
     def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft | None:
         if self.model.device.type != "cpu":
             return None  # asking for a confidence would wait for the device
-        return early(self._draft(state, length, stop), stop, length)
+        feed = state.tokens[:, self.cache.length : state.length]
+        return early(self._draft(state, feed, length, stop), stop, length)
 
     def draft(self, state: State, length: int) -> Draft:
-        return self._draft(state, length, None)
+        for _ in self.reading:
+            pass  # where nobody has read the prompt
+        # Of a draft that was accepted whole, the last token was never fed.
+        self.cache.keep(state.lengths.to(self.model.device) - 2)
+        self.cache.settle(state.length - 2, through=state.length + length)
+        places = state.lengths[:, None] - 2 + torch.arange(2, device=state.lengths.device)
+        return self._draft(state, state.tokens.gather(1, places), length, None)
 
     @torch.inference_mode()
-    def _draft(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
-        feed = state.tokens[:, self.cache.length : state.length].to(self.model.device)
-        start = torch.full((1,), state.length, device=self.model.device)
+    def _draft(self, state: State, feed: torch.Tensor, length: int, stop: EarlyStop | None) -> Draft:
+        """A draft after `feed`, int64 `[rows, n]`, the end of the text, which follows what the cache holds."""
+        feed, start = feed.to(self.model.device), state.lengths.to(self.model.device)
         drawn = []
         for i in range(length):
             logits = self.model.prefill(feed, self.cache).logits[:, -1, : self.vocabulary]

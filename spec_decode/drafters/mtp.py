@@ -95,11 +95,10 @@ class MTPDrafter(Drafter):
     @torch.inference_mode()
     def _draft(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
         assert state.hidden is not None
-        position = state.length - 1  # of the last token, which the target has not read yet
         hidden, token = state.hidden.to(self.device), state.last[:, 0]
-        shared = {} if self.fused else self._shared(state)
-        masks = self._masks(shared, position)
-        places = torch.full((1,), position, device=self.device)
+        places = state.lengths.to(self.device) - 1  # of the last tokens, which the target has not read yet
+        shared = {} if self.fused else self._shared(state, length)
+        masks = self._masks(shared, places)
         drawn = []
         for i in range(1, length + 1):
             if self.fused:
@@ -107,17 +106,17 @@ class MTPDrafter(Drafter):
                 if self.ordering is None:
                     drawn.append(self._draw(out, places + i, places + 1))
                 else:
-                    ids = self.ordering[torch.from_numpy(chosen)].flatten()
+                    ids = self.ordering[torch.from_numpy(chosen)].view(1, -1)
                     drawn.append(self._draw_listed(ids, torch.from_numpy(logits)[None], places + i, places + 1))
             else:
                 embedded = self.embed(token).to(self.device)
                 out = self.model.model(
-                    inputs_embeds=self.model.pre_projection(torch.cat([embedded, hidden], -1))[None],
+                    inputs_embeds=self.model.pre_projection(torch.cat([embedded, hidden], -1))[:, None],
                     attention_mask=masks,
-                    position_ids=places[None],
+                    position_ids=places[:, None],
                     shared_kv_states=shared,
                     use_cache=False,
-                ).last_hidden_state[0]
+                ).last_hidden_state[:, 0]
                 hidden = self.model.post_projection(out)
                 drawn.append(self._draw(out, places + i, places + 1))
             if not go_on(drawn, stop):
@@ -129,39 +128,41 @@ class MTPDrafter(Drafter):
         if self.fused:
             self.fused.end()
 
-    def _shared(self, state: State) -> dict[str, tuple[Tensor, Tensor]]:
-        """The target's keys and values of each kind, up to the bucket, read in place."""
-        shared = {kind: state.cache.read(layer) for kind, layer in self.sources.items()}
+    def _shared(self, state: State, length: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+        """The target's keys and values of each kind, up to the bucket of a round of `length` tokens, read in place."""
+        shared = {kind: state.cache.read(layer, state.length + length) for kind, layer in self.sources.items()}
         return {kind: (k.to(self.device), v.to(self.device)) for kind, (k, v) in shared.items()}
 
-    def _masks(self, shared: dict[str, tuple[Tensor, Tensor]], length: int) -> dict[str, Tensor]:
-        """Which of them are the first `length` and inside the window, `[1, 1, 1, bucket]`, additive."""
+    def _masks(self, shared: dict[str, tuple[Tensor, Tensor]], lengths: Tensor) -> dict[str, Tensor]:
+        """Which of them are the first `lengths` `[rows]` and inside the window, `[rows, 1, 1, bucket]`, additive."""
         masks = {}
         for kind, (keys, _) in shared.items():
-            back = length - 1 - torch.arange(keys.shape[2], device=self.device)  # how far before the last one read
+            # How far before the last one read, [rows, bucket].
+            back = lengths[:, None] - 1 - torch.arange(keys.shape[2], device=self.device)
             visible = back >= 0
             if kind == "sliding_attention":
                 visible &= back <= self.config.sliding_window
-            masks[kind] = torch.zeros_like(back, dtype=keys.dtype).masked_fill_(~visible, -torch.inf)[None, None, None]
+            mask = torch.zeros_like(back, dtype=keys.dtype).masked_fill_(~visible, -torch.inf)
+            masks[kind] = mask[:, None, None]
         return masks
 
     def _draw(self, out: Tensor, place: Tensor, start: Tensor) -> Drawn:
-        """A token from the assistant's output `[1, width]`, as `sampling.draw` gives it."""
+        """Tokens from the assistant's output `[rows, width]`, as `sampling.draw` gives them."""
         if self.ordering is None:
             return draw(self.model.lm_head(out), place, start, self.settings)
         # The tokens in the chosen centroids' lists; all others have no logit.
         embedder = self.model.masked_embedding
-        chosen = embedder.centroids(out).topk(embedder.centroid_intermediate_top_k).indices[0]
-        ids = self.ordering[chosen].flatten()
-        return self._draw_listed(ids, out @ self.rows[ids].T, place, start)
+        chosen = embedder.centroids(out).topk(embedder.centroid_intermediate_top_k).indices
+        ids = self.ordering[chosen].flatten(1)
+        return self._draw_listed(ids, (self.rows[ids] @ out[..., None])[..., 0], place, start)
 
     def _draw_listed(self, ids: Tensor, logits: Tensor, place: Tensor, start: Tensor) -> Drawn:
-        """As `_draw`, from ids `[n]` and their logits `[1, n]`."""
+        """As `_draw`, from ids and their logits, both `[rows, n]`."""
         if self.settings.temperature == 0:
-            best, p = logits.argmax(-1), logits.float().softmax(-1)
+            best, p = logits.argmax(-1, keepdim=True), logits.float().softmax(-1)
             at, values = likeliest(p, TOP)
-            return Drawn(ids[best], None, p[0, best], (ids[at], values))
-        everywhere = logits.new_full((1, self.vocabulary), -torch.inf).scatter_(-1, ids[None], logits)
+            return Drawn(ids.gather(1, best)[:, 0], None, p.gather(1, best)[:, 0], (ids.gather(1, at), values))
+        everywhere = logits.new_full((len(ids), self.vocabulary), -torch.inf).scatter_(-1, ids, logits)
         return draw(everywhere, place, start, self.settings)
 
     def _at_once(self, state: State, length: int, stop: EarlyStop | None) -> Draft:

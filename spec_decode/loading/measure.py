@@ -59,6 +59,7 @@ class _Timer:
         self.verify(0)  # as in a race: the pass before a draft evicts the drafter from the processor's caches
         token, state = next(self.next_token), self.state
         state.tokens[:, state.length] = token
+        state.lengths += 1
         state.length += 1
         self.drafter.extend([token])
         begun = time.perf_counter()

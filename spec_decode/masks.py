@@ -1,0 +1,60 @@
+"""Attention masks of a pass, made from the positions of its tokens on the device.
+
+In: a model, and the positions of each pass. Out: masks up to the bucket, a row of the batch each, in the form that the
+model's attention takes. transformers makes masks from a position that the host knows, the same for all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .cpu.llama import ROWWISE
+
+_TAKE_MASKS = ("sdpa", "eager", ROWWISE)
+
+
+class Masks:
+    """Masks for one model.
+
+    Args:
+        implementation: of its attention, as transformers names it.
+        dtype: of its hidden states.
+        kinds: `full_attention` or `sliding_attention` for every layer.
+        window: positions that sliding attention sees, the token's own among them; None without such layers.
+    """
+
+    def __init__(self, implementation: str, dtype: torch.dtype, kinds: Sequence[str], window: int | None) -> None:
+        self.additive = implementation != "sdpa"
+        self.lowest = torch.finfo(dtype).min if implementation == "eager" else -torch.inf
+        self.dtype = dtype
+        self.windows = {kind: window if kind == "sliding_attention" else None for kind in dict.fromkeys(kinds)}
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, kinds: Sequence[str]) -> Masks | None:
+        """None where the attention takes no such masks or reads text in both directions: transformers makes the masks
+        of such a model."""
+        config = model.config.get_text_config(decoder=True)
+        both_ways = getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
+        if both_ways or not getattr(config, "is_causal", True) or config._attn_implementation not in _TAKE_MASKS:
+            return None
+        dtype = model.get_input_embeddings().weight.dtype
+        return cls(config._attn_implementation, dtype, kinds, getattr(config, "sliding_window", None))
+
+    def __call__(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
+        """`[rows, 1, k, width]` for queries at positions `[rows, k]`; one for each kind of layer where there are two."""
+        masks = {kind: self._mask(positions, width, window) for kind, window in self.windows.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _mask(self, positions: Tensor, width: int, window: int | None) -> Tensor:
+        """Position i sees those up to itself, and of them the last `window`."""
+        keys, queries = torch.arange(width, device=positions.device), positions[:, None, :, None]
+        seen = keys <= queries
+        if window is not None:
+            seen &= keys > queries - window
+        if not self.additive:
+            return seen
+        return torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(~seen, self.lowest)
