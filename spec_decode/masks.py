@@ -45,7 +45,8 @@ class Masks:
         return cls(config._attn_implementation, dtype, kinds, getattr(config, "sliding_window", None))
 
     def __call__(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
-        """`[rows, 1, k, width]` for queries at positions `[rows, k]`; one for each kind of layer where there are two."""
+        """`[rows, 1, k, width]` for queries at positions `[rows, k]`; a dict of them by the kind of layer where there
+        are two."""
         masks = {kind: self._mask(positions, width, window) for kind, window in self.windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 

@@ -66,17 +66,18 @@ class State:
         draft, int64 `[rows, γ + 1]`."""
         if draft.shape[1] == 0:
             return self.last
-        places = self.lengths[:, None] + torch.arange(draft.shape[1], device=draft.device)
-        self.tokens.scatter_(1, places, draft)
-        return torch.cat([self.last, draft], 1)
+        places = self.lengths[:, None] + torch.arange(-1, draft.shape[1], device=draft.device)
+        self.tokens.scatter_(1, places[:, 1:], draft)
+        return self.tokens.gather(1, places)
 
     def accept(self, accepted: Tensor, token: Tensor, hidden: Tensor | None) -> None:
         """Puts the target's own token, int64 `[rows]`, after `accepted` `[rows]` tokens of the draft, forgets what the
         cache holds beyond it, and keeps the hidden state that predicted it out of the pass's `[rows, γ + 1, H]`. Waits
         for nothing: the host moves on with `advance` once it knows how many tokens there are."""
-        self.tokens.scatter_(1, (accepted + self.lengths)[:, None], token[:, None])
-        self.lengths += accepted + 1
-        self.cache.keep(self.lengths - 1)  # the last token has not been read yet
+        last = accepted + self.lengths
+        self.tokens.scatter_(1, last[:, None], token[:, None])
+        self.lengths.copy_(last + 1)
+        self.cache.keep(last)  # the last token has not been read yet
         if hidden is not None:
             at = accepted[:, None, None].expand(-1, 1, hidden.shape[-1])
             predicted = hidden.gather(1, at)[:, 0]

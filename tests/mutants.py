@@ -52,6 +52,7 @@ CONTROLLER = "test_decode.py::test_the_controller_is_told_every_round_but_the_pr
 LOSSY = "test_decode.py::test_the_lossy_rule_tells_what_it_let_through"
 NAN = "test_decode.py::test_a_verified_row_that_is_not_finite_is_refused"
 GREEDY = "test_exactness.py::test_greedy_equals_generate[llama-itself]"
+ROWS = "test_rounds.py::test_every_row_is_decoded_as_it_is_alone[rejection-llama-model]"
 COUPLED = "test_exactness.py::test_coupled_lanes_are_identical[llama-0.7-0.9-0-itself]"
 
 
@@ -197,6 +198,13 @@ MUTANTS = [
         "draw(logits, start + i, start",
         "draw(logits, start + i - 1, start",
         COUPLED,
+    ),
+    Mutant(
+        "a drafter on an accelerator is not fed the end of an accepted draft",
+        "drafters/model.py",
+        "state.lengths.to(self.model.device) - 2)",
+        "state.lengths.to(self.model.device) - 1)",
+        ROWS,
     ),
     Mutant(
         "tokens that the drafter does not know get a chance",
@@ -426,30 +434,44 @@ MUTANTS = [
     Mutant(
         "the last token is taken as read",
         "state.py",
-        "self.cache.keep(self.lengths - 1)",
-        "self.cache.keep(torch.minimum(self.lengths, self.cache.lengths))",
+        "self.cache.keep(last)",
+        "self.cache.keep(torch.minimum(last + 1, self.cache.lengths))",
         "test_exactness.py::test_greedy_equals_generate[llama-scripted]",
     ),
     Mutant(
         "no rollback",
         "state.py",
-        "        self.cache.keep(self.lengths - 1)  # the last token has not been read yet\n",
+        "        self.cache.keep(last)  # the last token has not been read yet\n",
         "",
         "test_exactness.py::test_greedy_equals_generate[llama-scripted]",
     ),
     Mutant(
         "the target's own token is written a position late",
         "state.py",
-        "(accepted + self.lengths)[:, None]",
-        "(accepted + self.lengths + 1)[:, None]",
+        "scatter_(1, last[:, None]",
+        "scatter_(1, last[:, None] + 1",
         TELLS,
     ),
     Mutant(
         "the target's own token overwrites the last one accepted",
         "state.py",
-        "(accepted + self.lengths)[:, None]",
-        "(accepted + self.lengths - 1)[:, None]",
+        "scatter_(1, last[:, None]",
+        "scatter_(1, last[:, None] - 1",
         TELLS,
+    ),
+    Mutant(
+        "the host does not learn how long the text is",
+        "state.py",
+        "        self.cache.settle(self.length - 1)\n",
+        "",
+        "test_exactness.py::test_embedded_lanes_are_identical[0.0]",
+    ),
+    Mutant(
+        "all rows keep as much as the one that keeps the most",
+        "state.py",
+        "self.lengths.copy_(last + 1)",
+        "self.lengths += accepted.amax() + 1",
+        ROWS,
     ),
     Mutant(
         "both lanes write to one cache",
@@ -902,6 +924,55 @@ MUTANTS = [
         "width = self.width(max(end - self.length, 0))",
         "width = max(end, self.length)",
         "test_engine.py::test_what_a_drafter_reads_of_the_cache_keeps_its_shape_from_round_to_round",
+    ),
+    Mutant(
+        "all rows are written where the first one ends",
+        "cache.py",
+        "positions[:, None, :, None].expand_as(states)",
+        "positions[:1, None, :, None].expand_as(states)",
+        ROWS,
+    ),
+    Mutant(
+        "the steps of a draft read different buckets",
+        "cache.py",
+        "bucket(max(self.length + count, self._through))",
+        "bucket(self.length + count)",
+        "test_rounds.py::test_a_round_reads_one_bucket_from_its_first_step_to_its_last[model]",
+    ),
+    Mutant(
+        "MTP reads another bucket than the target",
+        "drafters/mtp.py",
+        "state.cache.read(layer, state.length + length)",
+        "state.cache.read(layer)",
+        "test_rounds.py::test_a_round_reads_one_bucket_from_its_first_step_to_its_last[mtp]",
+    ),
+    Mutant(
+        "a sliding layer sees one position beyond its window",
+        "masks.py",
+        "seen &= keys > queries - window",
+        "seen &= keys >= queries - window",
+        "test_rounds.py::test_masks_are_those_of_transformers[gemma3-sdpa]",
+    ),
+    Mutant(
+        "a token sees the one after it",
+        "masks.py",
+        "seen = keys <= queries",
+        "seen = keys <= queries + 1",
+        "test_rounds.py::test_masks_are_those_of_transformers[llama-sdpa]",
+    ),
+    Mutant(
+        "the masks of a model that takes none are kept",
+        "loading/rollback.py",
+        "        target.masks = None\n",
+        "",
+        "test_rounds.py::test_a_model_that_fails_with_our_masks_keeps_those_of_transformers",
+    ),
+    Mutant(
+        "a prompt is read as a batch of experts",
+        "target.py",
+        '"batched_mm" if tokens <= FEW else self._experts',
+        '"batched_mm"',
+        "test_rounds.py::test_a_batch_of_experts_computes_what_single_experts_do",
     ),
     Mutant(
         "a full bucket is followed by an empty one",

@@ -175,7 +175,7 @@ def test_a_draft_model_tells_what_it_drew_from(rule: str) -> None:
     settings = Settings(temperature=0.0 if rule == "greedy" else 0.6, rule=rule, seed=0)
     drafter = ModelDrafter(Model(lambda text: logits[text[-1]]), "small", 5)  # type: ignore[arg-type]
     drafter.start([0, 1], settings, 50)
-    made = drafter.draft(tiny.state([0, 1]), 16)
+    made = tiny.drafted(drafter, 16, after=tiny.state([0, 1]))
     before = torch.tensor([1, *tiny.ids(made)[:-1]])
     q = logits.softmax(-1) if rule == "greedy" else distribution(logits, settings)
     assert made.confidence is not None
