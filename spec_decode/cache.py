@@ -190,7 +190,23 @@ class RollbackCache(Cache):
         """Counts the positions that a pass has written in every row."""
         self.length += tokens
         self.lengths += tokens
+        self.forget_positions()
+
+    def forget_positions(self) -> None:
+        """The lengths have changed: `positions` are made anew."""
         self._next = None
+
+    def load(self, other: RollbackCache) -> None:
+        """Takes the content of a cache of one row, in place. It must have room for it."""
+        for ours, theirs in zip(self.layers, other.layers, strict=True):
+            if not theirs.is_initialized:
+                continue  # it uses the keys and values of another layer
+            if not ours.is_initialized:
+                ours.lazy_initialization(theirs.keys[:, :, :0], theirs.values[:, :, :0])
+            ours.keys[:, :, : other.length] = theirs.keys[:, :, : other.length]
+            ours.values[:, :, : other.length] = theirs.values[:, :, : other.length]
+        self.keep(other.lengths)
+        self.settle(other.length)
 
     def keep(self, lengths: Tensor) -> None:
         """Drops what stands after `lengths`, int64 `[rows]`, on the device. `settle` tells the host."""

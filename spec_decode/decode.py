@@ -29,10 +29,10 @@ controller has seen the outcome: whether t + 1 is drafted would depend on the no
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ from .clock import Stopwatch, finish
 from .draft_length import Controller, Fixed
 from .drafters import Draft, Drafter, NoDrafter
 from .events import BASELINE, SPECULATIVE, Reading, Round
-from .narrate import narrate, to_host
+from .graphs import Recorder
+from .narrate import Parts, gather, narrate, to_host
 from .noise import RoundNoise
 from .rules import Rule
 from .sampling import distribution, softmax
@@ -105,6 +106,7 @@ class Lane:
     """One way to decode: what stays the same from round to round.
 
     rule: the one that decides; for the baseline the target's own sample, whatever the settings name.
+    recorder: replays rounds from recorded graphs, on devices that have them.
     """
 
     name: str
@@ -113,17 +115,23 @@ class Lane:
     lengths: Controller
     rule: Rule
     settings: Settings
+    recorder: Recorder | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a round leaves on the device: the draft, the target's logits and distribution at γ + 1 positions
-    `[rows, γ + 1, V]`, and the verdict."""
+    `[rows, γ + 1, V]`, the verdict, and what the host will be told where that was gathered already."""
 
     draft: Draft
     logits: Tensor
     p: Tensor
     verdict: Verdict
+    parts: Parts | None = None
+
+    def joined(self) -> Outcome:
+        """The same with `parts`, in one tensor."""
+        return replace(self, parts=gather(self).join())
 
 
 Steps = Generator[Round | Reading, None, None]
@@ -143,13 +151,19 @@ def speculative(
 
 
 def lanes(
-    prefill: Prefill, drafter: Drafter, lengths: Controller, texts: Sequence[TextStream], settings: Settings
+    prefill: Prefill,
+    drafter: Drafter,
+    lengths: Controller,
+    texts: Sequence[TextStream],
+    settings: Settings,
+    recorders: Mapping[str, Recorder] | None = None,
 ) -> dict[str, Steps]:
     """Both lanes of a race, starting from one reading of the prompt, which is theirs from now on.
 
     Args:
         prefill: read to the end, with room for `max_new_tokens` more, and with hidden states if the drafter needs them.
         texts: one for each lane.
+        recorders: of rounds, by lane.
 
     Returns:
         BASELINE and SPECULATIVE. A drafter with a cache of its own reads the prompt in the speculative lane, which
@@ -157,9 +171,11 @@ def lanes(
     """
     target, prompt, twin = prefill.target, prefill.prompt, prefill.copy()
     finish(target.device)  # copying is on no lane's clock
-    fast = Lane(SPECULATIVE, target, drafter, lengths, settings.deciding, settings)
+    recorders = recorders or {}
+    slow = replace(_baseline(target, settings), recorder=recorders.get(BASELINE))
+    fast = Lane(SPECULATIVE, target, drafter, lengths, settings.deciding, settings, recorders.get(SPECULATIVE))
     return {
-        BASELINE: _decode(_baseline(target, settings), prompt, texts[0], prefill),
+        BASELINE: _decode(slow, prompt, texts[0], prefill),
         SPECULATIVE: _decode(fast, prompt, texts[1], twin),
     }
 
@@ -194,6 +210,11 @@ def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | 
             begun += time.perf_counter() - paused
         starting = time.perf_counter() - begun - prefill.seconds  # the drafter's own prefill
         state = State.after(prompt, capacity, prefill.cache, target.device)
+        recorder = lane.recorder
+        if recorder:
+            state = recorder.take(lane, state)
+            held.callback(recorder.give_back, state)
+        recorded = recorder.seconds if recorder else 0.0
         ended = False
         while left > 0 and not ended:
             watch = Stopwatch(target.device)
@@ -203,7 +224,8 @@ def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | 
             if length > 0:
                 draft = drafter.draft_on_host(state, length, lane.lengths.early_stop)
             if index > 0:
-                outcome = decode_round(lane, state, length, draft, watch)
+                run = recorder.round if recorder else decode_round
+                outcome = run(lane, state, length, draft, watch)
             else:
                 watch.mark()
                 outcome = judge(lane, state, Draft.none(state), passed)
@@ -221,6 +243,9 @@ def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | 
             tokens, residual = narrate(host, emitted, text, last=ended or left == 0)
 
             now = time.perf_counter()
+            if recorder and recorder.seconds > recorded:
+                begun += recorder.seconds - recorded
+                recorded = recorder.seconds
             seconds, begun = now - begun, now
             clock += seconds
             laps = watch.laps()
@@ -253,6 +278,12 @@ def decode_round(
         draft = lane.drafter.draft(state, length)
     if watch:
         watch.mark()
+    return verify_draft(lane, state, draft)
+
+
+@torch.inference_mode()
+def verify_draft(lane: Lane, state: State, draft: Draft) -> Outcome:
+    """The second part of `decode_round`: a target pass over a draft, and the verdict."""
     passed = lane.target.verify(state.propose(draft.ids), state.cache, lane.drafter.needs_hidden)
     return judge(lane, state, draft, passed)
 
@@ -269,7 +300,8 @@ def judge(lane: Lane, state: State, draft: Draft, passed: Pass) -> Outcome:
     if logits.dim() == 2:
         logits, hidden = logits[None], None if hidden is None else hidden[None]
     p = softmax(logits.float()) if settings.temperature == 0 else distribution(logits, settings)
-    noise = RoundNoise(settings.seed, state.lengths, logits.shape[1], logits.shape[2])
+    seed = settings.seed if state.seed is None else state.seed
+    noise = RoundNoise(seed, state.lengths, logits.shape[1], logits.shape[2])
     case = Case(draft.ids, logits, p, draft.q, noise, settings.temperature, settings.lenience)
     verdict = lane.rule.verify(case)
     state.accept(verdict.accepted, verdict.token, hidden)

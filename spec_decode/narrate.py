@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -47,15 +47,11 @@ class HostRound(NamedTuple):
     kl: float | None
 
 
-def to_host(outcome: Outcome) -> HostRound:
-    """Everything the host needs of a round, in one copy. Ids below 2^24 are exact in float32.
-
-    Raises:
-        UserError: the logits are NaN, +inf, or −inf throughout.
-    """
+def gather(outcome: Outcome) -> Parts:
+    """What the host needs of a round of one row, still on the device."""
     draft, verdict, p = outcome.draft, outcome.verdict, outcome.p[0]
     n = draft.ids.shape[1]
-    parts = _Parts()
+    parts = Parts()
     parts.add("accepted", verdict.accepted)
     parts.add("own", verdict.token)
     parts.add("ids", draft.ids)
@@ -75,7 +71,17 @@ def to_host(outcome: Outcome) -> HostRound:
     if verdict.refused is not None and verdict.kl is not None:
         parts.add("refused", verdict.refused)
         parts.add("kl", verdict.kl)
-    host = parts.copy()
+    return parts
+
+
+def to_host(outcome: Outcome) -> HostRound:
+    """Everything the host needs of a round, in one copy.
+
+    Raises:
+        UserError: the logits are NaN, +inf, or −inf throughout.
+    """
+    n = outcome.draft.ids.shape[1]
+    host = (outcome.parts or gather(outcome)).copy()
     if any(value != value for value in host["target values"][::TOP]):  # a row of p is NaN throughout, or not at all
         raise UserError(
             "The target produced logits that are not finite numbers; try another dtype or check its weights."
@@ -103,27 +109,37 @@ def _comparison(value: float, bound: float) -> Comparison | None:
     return Comparison(value, bound) if math.isfinite(value) and math.isfinite(bound) else None
 
 
-class _Parts:
-    """Tensors by name on their way to the host, in one copy."""
+@dataclass
+class Parts:
+    """Tensors by name on their way to the host, in one copy.
 
-    def __init__(self) -> None:
-        self._tensors: dict[str, Tensor] = {}
+    names, tensors: of one dimension each.
+    joined: all of them in one float32 tensor, where it was made already. Ids below 2^24 are exact in float32.
+    """
+
+    names: list[str] = field(default_factory=list)
+    tensors: tuple[Tensor, ...] = ()
+    joined: Tensor | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        self._tensors[name] = tensor.reshape(-1)
+        self.names.append(name)
+        self.tensors += (tensor.reshape(-1),)
 
     def add_top(self, name: str, top: tuple[Tensor, Tensor]) -> None:
         self.add(f"{name} ids", top[0])
         self.add(f"{name} values", top[1])
 
+    def join(self) -> Parts:
+        """The same with `joined`."""
+        return replace(self, joined=torch.cat([tensor.float() for tensor in self.tensors]))
+
     def copy(self) -> dict[str, list[float]]:
-        if (
-            next(iter(self._tensors.values())).device.type == "cpu"
-        ):  # they are on the host, and joining them takes longer
-            return {name: tensor.tolist() for name, tensor in self._tensors.items()}
-        values = torch.cat([tensor.float() for tensor in self._tensors.values()]).tolist()
-        out, at = {}, 0
-        for name, tensor in self._tensors.items():
+        if self.joined is None and self.tensors[0].device.type == "cpu":  # they are there, and joining takes longer
+            return {name: tensor.tolist() for name, tensor in zip(self.names, self.tensors, strict=True)}
+        joined = self.join().joined if self.joined is None else self.joined
+        assert joined is not None
+        values, out, at = joined.tolist(), {}, 0
+        for name, tensor in zip(self.names, self.tensors, strict=True):
             out[name] = values[at : at + tensor.shape[0]]
             at += tensor.shape[0]
         return out

@@ -15,11 +15,20 @@ import torch
 from torch import Tensor
 
 from .cpu import kernels
-from .noise_hash import MIX_FACTORS, MIX_SHIFTS, POSITION_FACTOR, START_FACTORS, signed, words
+from .noise_hash import MASK, MIX_FACTORS, MIX_SHIFTS, POSITION_FACTOR, START_FACTORS, signed, words
 
 # Streams keep the independent uses of noise at one position apart.
 TARGET, DRAFT, ACCEPT, RESIDUAL = 0, 1, 2, 3
 STREAMS = 4
+
+Seed = (
+    int | Tensor
+)  # a number, or its words on a device (`seed_words`), which a recorded graph reads anew in every race
+
+
+def seed_words(seed: int) -> Tensor:
+    """The words of a seed for every stream, int32 `[STREAMS, 2]`, on the CPU."""
+    return torch.tensor([[signed(word) for word in words(seed, stream)] for stream in range(STREAMS)]).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class RoundNoise:
         vocabulary: V.
     """
 
-    seed: int
+    seed: Seed
     starts: Tensor
     count: int
     vocabulary: int
@@ -60,7 +69,7 @@ class RoundNoise:
 
 
 def exponential(
-    seed: int, positions: Tensor, vocabulary: int, stream: int = TARGET, start: Tensor | None = None
+    seed: Seed, positions: Tensor, vocabulary: int, stream: int = TARGET, start: Tensor | None = None
 ) -> Tensor:
     """Independent Exp(1) noise, a function of (seed, position, token, stream) alone, and of `start` where it is given.
 
@@ -75,18 +84,19 @@ def exponential(
     return _exponential_at(seed, positions, tokens, stream, start)
 
 
-def uniform(seed: int, positions: Tensor, stream: int = ACCEPT, start: Tensor | None = None) -> Tensor:
+def uniform(seed: Seed, positions: Tensor, stream: int = ACCEPT, start: Tensor | None = None) -> Tensor:
     """Independent U(0, 1) noise `[...]` for integer `positions` `[...]`; see `exponential`."""
     zero = torch.zeros(1, dtype=torch.int32, device=positions.device)
     return (-_exponential_at(seed, positions, zero, stream, start)).exp().clamp_max(1 - 2.0**-24).squeeze(-1)
 
 
-def position_keys(seed: int, positions: np.ndarray, stream: int, start: np.ndarray | None = None) -> np.ndarray:
+def position_keys(seed: Seed, positions: np.ndarray, stream: int, start: np.ndarray | None = None) -> np.ndarray:
     """The keys `[k, 2]` as uint32, which kernels make noise from; arguments as in `exponential`."""
-    return kernels.keys(*words(seed, stream), positions, start)
+    low, high = (word & MASK for word in seed[stream].tolist()) if isinstance(seed, Tensor) else words(seed, stream)
+    return kernels.keys(low, high, positions, start)
 
 
-def _exponential_at(seed: int, positions: Tensor, tokens: Tensor, stream: int, start: Tensor | None) -> Tensor:
+def _exponential_at(seed: Seed, positions: Tensor, tokens: Tensor, stream: int, start: Tensor | None) -> Tensor:
     if _compiled(tokens):
         starts = None if start is None else start.expand(positions.shape).reshape(-1).numpy()
         keys = position_keys(seed, positions.reshape(-1).numpy(), stream, starts)
@@ -106,11 +116,12 @@ def _compiled(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _keys(seed: int, position: Tensor, stream: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
+def _keys(seed: Seed, position: Tensor, stream: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
     """`noise_hash.position_keys` for int32 tensors, which wrap as unsigned integers do."""
-    low, high = (signed(word) for word in words(seed, stream))
-    first: Tensor | int = low
-    second: Tensor | int = high
+    first: Tensor | int
+    second: Tensor | int
+    low, high = seed[stream] if isinstance(seed, Tensor) else (signed(word) for word in words(seed, stream))
+    first, second = low, high
     if start is not None:
         first = _mix(start * signed(START_FACTORS[0]) ^ low)
         second = _mix(start * signed(START_FACTORS[1]) ^ high)

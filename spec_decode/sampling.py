@@ -139,7 +139,7 @@ class Drawn(NamedTuple):
     top: tuple[Tensor, Tensor]
 
 
-def draw(logits: Tensor, positions: Tensor, start: Tensor, settings: Settings) -> Drawn:
+def draw(logits: Tensor, positions: Tensor, start: Tensor, settings: Settings, words: Tensor | None = None) -> Drawn:
     """One drafted token for every row, as the rule in `settings` wants it drawn.
 
     At temperature 0 it is the argmax and there is no q. Otherwise it is drawn from q: under a rule of shared noise with
@@ -149,14 +149,15 @@ def draw(logits: Tensor, positions: Tensor, start: Tensor, settings: Settings) -
         logits: `[k, V]`, the drafter's.
         positions: integer `[k]`, where the tokens would stand.
         start: integer `[1]` or `[k]`, the position of the first token of each draft.
+        words: of the seed (`State.seed`), instead of the one in `settings`.
     """
     if settings.temperature == 0:
         ids, p = argmax(logits), softmax(logits.float())
         return Drawn(ids, None, p.gather(-1, ids[:, None])[:, 0], likeliest(p, TOP))
-    q = distribution(logits, settings)
+    q, seed = distribution(logits, settings), settings.seed if words is None else words
     if settings.deciding.noise == "shared":
-        drawn = noise.exponential(settings.seed, positions, logits.shape[-1], noise.TARGET)
+        drawn = noise.exponential(seed, positions, logits.shape[-1], noise.TARGET)
     else:
-        drawn = noise.exponential(settings.seed, positions, logits.shape[-1], noise.DRAFT, start)
+        drawn = noise.exponential(seed, positions, logits.shape[-1], noise.DRAFT, start)
     ids = exponential_argmax(q, drawn)
     return Drawn(ids, q, q.gather(-1, ids[:, None])[:, 0], likeliest(q, TOP))

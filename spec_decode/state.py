@@ -27,6 +27,8 @@ class State:
     cache: keys and values of all of them but the last, between rounds.
     hidden: the target's last hidden state at the position that predicted the last token, `[rows, H]`; None where no
         drafter asks for it.
+    seed: words of the seed on the device (`noise.seed_words`), where recorded rounds read them; None where rounds take
+        it from the settings.
     """
 
     tokens: Tensor
@@ -34,6 +36,7 @@ class State:
     length: int
     cache: RollbackCache
     hidden: Tensor | None = None
+    seed: Tensor | None = None
 
     @classmethod
     def after(cls, prompt: list[int], capacity: int, cache: RollbackCache, device: torch.device) -> State:

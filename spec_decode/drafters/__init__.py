@@ -49,10 +49,13 @@ class Drafter:
 
     name: as shown.
     needs_hidden: `State.hidden` is wanted.
+    recordable: what `draft` reads and writes lies in the `State` and in weights alone, at addresses that stay, so that
+        a graph can repeat it (`graphs`).
     """
 
     name: str = ""
     needs_hidden: bool = False
+    recordable: bool = False
 
     def start(self, prompt: list[int], settings: Settings, capacity: int) -> Iterable[Reading] | None:
         """A new sequence begins with `prompt`; it will not grow beyond `capacity` positions. A drafter with a cache of

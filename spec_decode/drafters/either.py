@@ -34,6 +34,7 @@ class EitherDrafter(Drafter):
         self.lookup = lookup
         self.name = f"{other.name}+{lookup.name}"
         self.needs_hidden = other.needs_hidden
+        self.recordable = other.recordable
 
     def start(self, prompt: list[int], settings: Settings, capacity: int) -> Iterable[Reading] | None:
         self.lookup.start(prompt, settings, capacity)

@@ -79,7 +79,7 @@ class ModelDrafter(Drafter):
             logits = self.model.prefill(feed, self.cache).logits[:, -1, : self.vocabulary]
             if logits.shape[1] < self.vocabulary:
                 logits = torch.nn.functional.pad(logits, (0, self.vocabulary - logits.shape[1]), value=-torch.inf)
-            drawn.append(draw(logits, start + i, start, self.settings))
+            drawn.append(draw(logits, start + i, start, self.settings, state.seed))
             if not go_on(drawn, stop):
                 break
             feed = drawn[-1].ids[:, None]

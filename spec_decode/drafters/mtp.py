@@ -48,6 +48,7 @@ class MTPDrafter(Drafter):
     """
 
     needs_hidden = True
+    recordable = True
 
     def __init__(self, model: PreTrainedModel, target: Target, name: str = "mtp", int8: bool = False) -> None:
         self.model: Any = model.eval()
@@ -104,10 +105,12 @@ class MTPDrafter(Drafter):
             if self.fused:
                 out, hidden, chosen, logits = self.fused.step(int(token), hidden)
                 if self.ordering is None:
-                    drawn.append(self._draw(out, places + i, places + 1))
+                    drawn.append(self._draw(out, places + i, places + 1, state.seed))
                 else:
                     ids = self.ordering[torch.from_numpy(chosen)].view(1, -1)
-                    drawn.append(self._draw_listed(ids, torch.from_numpy(logits)[None], places + i, places + 1))
+                    drawn.append(
+                        self._draw_listed(ids, torch.from_numpy(logits)[None], places + i, places + 1, state.seed)
+                    )
             else:
                 embedded = self.embed(token).to(self.device)
                 out = self.model.model(
@@ -118,7 +121,7 @@ class MTPDrafter(Drafter):
                     use_cache=False,
                 ).last_hidden_state[:, 0]
                 hidden = self.model.post_projection(out)
-                drawn.append(self._draw(out, places + i, places + 1))
+                drawn.append(self._draw(out, places + i, places + 1, state.seed))
             if not go_on(drawn, stop):
                 break
             token = drawn[-1].ids.to(token.device)
@@ -146,24 +149,24 @@ class MTPDrafter(Drafter):
             masks[kind] = mask[:, None, None]
         return masks
 
-    def _draw(self, out: Tensor, place: Tensor, start: Tensor) -> Drawn:
+    def _draw(self, out: Tensor, place: Tensor, start: Tensor, seed: Tensor | None) -> Drawn:
         """Tokens from the assistant's output `[rows, width]`, as `sampling.draw` gives them."""
         if self.ordering is None:
-            return draw(self.model.lm_head(out), place, start, self.settings)
+            return draw(self.model.lm_head(out), place, start, self.settings, seed)
         # The tokens in the chosen centroids' lists; all others have no logit.
         embedder = self.model.masked_embedding
         chosen = embedder.centroids(out).topk(embedder.centroid_intermediate_top_k).indices
         ids = self.ordering[chosen].flatten(1)
-        return self._draw_listed(ids, (self.rows[ids] @ out[..., None])[..., 0], place, start)
+        return self._draw_listed(ids, (self.rows[ids] @ out[..., None])[..., 0], place, start, seed)
 
-    def _draw_listed(self, ids: Tensor, logits: Tensor, place: Tensor, start: Tensor) -> Drawn:
+    def _draw_listed(self, ids: Tensor, logits: Tensor, place: Tensor, start: Tensor, seed: Tensor | None) -> Drawn:
         """As `_draw`, from ids and their logits, both `[rows, n]`."""
         if self.settings.temperature == 0:
             best, p = logits.argmax(-1, keepdim=True), logits.float().softmax(-1)
             at, values = likeliest(p, TOP)
             return Drawn(ids.gather(1, best)[:, 0], None, p.gather(1, best)[:, 0], (ids.gather(1, at), values))
         everywhere = logits.new_full((len(ids), self.vocabulary), -torch.inf).scatter_(-1, ids, logits)
-        return draw(everywhere, place, start, self.settings)
+        return draw(everywhere, place, start, self.settings, seed)
 
     def _at_once(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
         """The whole draft in one call. Nobody asks for q under these rules: a draft is accepted if it is the target's
