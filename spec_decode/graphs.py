@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .cache import bucket
 from .clock import Stopwatch
-from .drafters import Draft
+from .drafters import Draft, Drafter
 from .errors import is_out_of_memory
 from .noise import seed_words
 from .settings import MAX_DRAFT_LENGTH
@@ -35,6 +35,7 @@ from .state import State
 
 if TYPE_CHECKING:
     from .decode import Lane, Outcome
+    from .target import Target
 
 MOST = 64  # recordings that are kept
 CLOSE = 0.02  # probabilities of a recorded and an eager round may differ by this, for kernels may be chosen anew
@@ -96,6 +97,7 @@ class Recorder:
         self._recordings: OrderedDict[Key, _Recording] = OrderedDict()
         self._asked: Counter[Key] = Counter()
         self._state: State | None = None
+        self._models: tuple[Target, Drafter | None] | None = None  # whose weights were recorded
         self._taken = False
         self.seconds, self.refused = 0.0, ""
 
@@ -114,10 +116,12 @@ class Recorder:
         if self._taken or self.refused:
             return state
         kept = self._state
-        if kept is None or kept.tokens.shape[1] < state.tokens.shape[1]:
+        models = lane.target, lane.drafter if lane.drafter.recordable else None
+        if kept is None or kept.tokens.shape[1] < state.tokens.shape[1] or models != self._models:
             self._recordings.clear()
             self._asked.clear()
             kept = self._state = _room(lane, state)
+            self._models = models
         kept.tokens[:, : state.tokens.shape[1]].copy_(state.tokens)
         kept.lengths.copy_(state.lengths)
         kept.length = state.length
@@ -217,7 +221,8 @@ class Recorder:
 
 def _settings(lane: Lane) -> tuple[Any, ...]:
     """What a round's operations depend on besides lengths. The seed lies in the state."""
-    return lane.rule.name, replace(lane.settings, seed=0, max_new_tokens=1, draft_length=1), id(lane.drafter)
+    settings = replace(lane.settings, seed=0, max_new_tokens=1, draft_length=1)
+    return lane.rule.name, settings, lane.drafter.needs_hidden
 
 
 def _room(lane: Lane, state: State) -> State:

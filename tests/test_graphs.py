@@ -166,6 +166,15 @@ def test_a_longer_text_gets_a_larger_state_and_new_recordings() -> None:
     assert recorder._state is not small and len(recording.made) > before
 
 
+def test_another_drafter_gets_recordings_of_its_own() -> None:
+    target, first = pair("llama", "mtp")
+    _, second = pair("llama", "mtp centroids")
+    recording = Recording()
+    settings = Settings(max_new_tokens=20, draft_length=3)
+    for made in (first, second):
+        assert told(race(target, made, settings, PROMPT, recording)) == told(race(target, made, settings, PROMPT))
+
+
 def test_one_state_serves_one_lane_at_a_time() -> None:
     """A second race meanwhile runs eagerly, on a state of its own."""
     target, made = pair("llama", "lookup")
