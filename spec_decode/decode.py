@@ -214,6 +214,8 @@ def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | 
         if recorder:
             state = recorder.take(lane, state)
             held.callback(recorder.give_back, state)
+            if state.cache is not prefill.cache:
+                prefill.cache.free()
         recorded = recorder.seconds if recorder else 0.0
         ended = False
         while left > 0 and not ended:

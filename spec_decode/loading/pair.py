@@ -6,6 +6,7 @@ Out: a `Pair`, or a `ModelError` of one sentence.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Unpack
 
@@ -14,7 +15,8 @@ import torch
 from .. import sampling
 from ..drafters import Drafter
 from ..errors import ModelError, is_out_of_memory
-from ..events import Costs
+from ..events import BASELINE, SPECULATIVE, Costs
+from ..graphs import Recorder
 from ..target import Target, choose_chunks
 from ..text import can_think
 from . import catalog, embedded, memory, quantized, revisions
@@ -42,6 +44,7 @@ class Pair:
         context: positions that the target was made for, in tokens.
         costs: of a target pass and of a draft step, measured when the drafter was loaded.
         learned: the same corrected by the races since, None before the first; see `Race`.
+        recorders: of rounds, by lane, on devices that have graphs.
     """
 
     def __init__(
@@ -56,6 +59,10 @@ class Pair:
         self.learned: Costs | None = None
         self._loaded = loaded
         self._revision = revision
+        lanes = {
+            lane: Recorder.on(target.device, logging.getLogger("spec_decode").info) for lane in (BASELINE, SPECULATIVE)
+        }
+        self.recorders = {lane: recorder for lane, recorder in lanes.items() if recorder}
 
     @property
     def drafter(self) -> Drafter:

@@ -160,7 +160,8 @@ class Race:
         text = TextStream(pair.tokenizer, ids[: len(ids) - len(self._prefix)])
         self._given = tuple(Token(token, text.push(token), "prompt") for token in self._prefix)
         lengths = controller(settings, self.costs)
-        self._lanes = decode.lanes(prefill, pair.drafter, lengths, [text.fork(), text], settings)
+        texts, recorders = [text.fork(), text], getattr(pair, "recorders", None)
+        self._lanes = decode.lanes(prefill, pair.drafter, lengths, texts, settings, recorders)
 
     def stop(self, why: str = "cancelled") -> None:
         """Ends the race after the round under way, or the chunk of the prompt; may be called from any thread. `why`
