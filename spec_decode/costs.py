@@ -30,7 +30,7 @@ TRIMMED = 0.2  # share of the rounds that is left out at either end: a virtual m
 NEAR = 15  # the median of so many baseline steps around a round is the speed of the machine at that time
 CORRELATED = 2.0  # variance factor of a mean, since consecutive rounds are correlated
 LEAST_SCATTER = 0.03  # lower bound of the standard deviation of single rounds
-PRIOR_DRAFTS = 4  # weight of the prior's cost of a draft, in rounds
+DRAFT_PRIOR = 0.1  # standard deviation of the logarithm of the cost of a draft, plus the doubt
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class RoundCosts:
     Attributes:
         mean: `[17]`, of the logarithm of the cost without the draft.
         covariance: `[17, 17]`, of the same.
-        draft: `[17]`, the cost of the draft.
+        draft: `[17]`, the cost of the draft, averaged over drafters.
         draft_error: its relative standard error.
+        drafters: the cost of each drafter's drafts ÷ that average, by name, for those that made any.
         monotone: a longer draft is never cheaper; costs without the draft are made so by isotonic regression, weighted
             by precision.
     """
@@ -53,6 +54,7 @@ class RoundCosts:
     covariance: np.ndarray
     draft: np.ndarray
     draft_error: float
+    drafters: dict[str, float]
     monotone: bool
 
     @property
@@ -65,11 +67,11 @@ class RoundCosts:
         """The costs without the draft `[17]`, in baseline steps."""
         return self._ordered(np.exp(self.mean))
 
-    def draws(self, count: int, noise: np.random.Generator) -> np.ndarray:
-        """Samples `[count, 17]` of the costs from the posterior."""
+    def draws(self, count: int, noise: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Samples from the posterior: the costs without the draft and those of the draft, `[count, 17]` each."""
         drawn = np.exp(noise.multivariate_normal(self.mean, self.covariance, count, method="eigh"))
         drafts = self.draft * np.exp(self.draft_error * noise.standard_normal((count, 1)))
-        return np.stack([self._ordered(values) for values in drawn]) + drafts
+        return np.stack([self._ordered(values) for values in drawn]), drafts
 
     def _ordered(self, values: np.ndarray) -> np.ndarray:
         return isotonic(values, 1 / np.diag(self.covariance)) if self.monotone else values
@@ -96,8 +98,10 @@ def round_costs(prior: Costs, rounds: Sequence[Round], monotone: bool = True) ->
         gain = np.linalg.solve(covariance[np.ix_(at, at)] + np.diag(variances), covariance[at]).T
         mean = mean + gain @ (values - mean[at])
         covariance = covariance - gain @ covariance[at]
-    scale, error = _mixed_scale(prior, evidence)
-    return RoundCosts(mean, covariance, scale * drafts, error, monotone)
+    scales = {name: (len(drafting), *_draft_scale(prior, drafting)) for name, drafting in evidence.drafts.items()}
+    scale, error = _average(list(scales.values()))
+    relative = {name: own / scale for name, (_, own, _) in scales.items()}
+    return RoundCosts(mean, covariance, scale * drafts, error, relative, monotone)
 
 
 def learned(prior: Costs, rounds: Sequence[Round], monotone: bool = True, drafter: str = "") -> Costs:
@@ -188,9 +192,9 @@ def _trimmed(values: np.ndarray) -> tuple[float, float]:
     return trimmed_mean(values), CORRELATED * scatter**2 / len(values)
 
 
-def _mixed_scale(prior: Costs, evidence: _Evidence) -> tuple[float, float]:
-    """(costs of drafts ÷ those of the prior, its relative standard error), averaged over the rounds of all drafters."""
-    parts = [(len(drafting), *_draft_scale(prior, drafting)) for drafting in evidence.drafts.values()]
+def _average(parts: Sequence[tuple[int, float, float]]) -> tuple[float, float]:
+    """(the mean over the rounds of all drafters, its relative standard error) of (rounds, scale, relative standard
+    error) of each."""
     rounds = sum(count for count, _, _ in parts)
     if not rounds:
         return 1.0, 0.0
@@ -199,8 +203,9 @@ def _mixed_scale(prior: Costs, evidence: _Evidence) -> tuple[float, float]:
 
 
 def _draft_scale(prior: Costs, drafting: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """(costs of one drafter's drafts ÷ those of the prior, its relative standard error): a trimmed mean, in which the
-    prior has the weight of `PRIOR_DRAFTS` rounds.
+    """(costs of one drafter's drafts ÷ those of the prior, its relative standard error): the posterior of the
+    logarithm, with a Gaussian prior around 0 and a trimmed mean as evidence. A few rounds outweigh the prior where a
+    drafter costs a small part of it, as lookup does beside a model.
 
     Args:
         drafting: (drafted tokens, cost in baseline steps) of every round with a draft of this drafter.
@@ -208,8 +213,7 @@ def _draft_scale(prior: Costs, drafting: Sequence[tuple[int, float]]) -> tuple[f
     expected = np.array([prior.draft(count) for count, _ in drafting])
     if not len(expected) or expected.min() <= 0:
         return 1.0, 0.0
-    mean, variance = _trimmed(np.array([steps for _, steps in drafting]) / expected)
-    seen, count = len(expected), len(expected) + PRIOR_DRAFTS
-    scale = (seen * mean + PRIOR_DRAFTS) / count
-    error = math.sqrt(seen**2 * variance + CORRELATED * PRIOR_DRAFTS * prior.doubt**2) / count
-    return scale, error / scale
+    mean, variance = _trimmed(np.log(np.maximum([steps for _, steps in drafting], 1e-6) / expected))
+    known = (DRAFT_PRIOR + prior.doubt) ** 2
+    gain = known / (known + variance)
+    return math.exp(gain * mean), math.sqrt(gain * variance)

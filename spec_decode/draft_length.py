@@ -138,9 +138,10 @@ class Adaptive:
         self.confidence_tried = [6.0] * self.BINS
 
     def choose(self) -> int:
-        best = max(range(self.longest + 1), key=self._rate)
+        rates = self._rates()
+        best = max(range(self.longest + 1), key=rates.__getitem__)
         if self.weighed >= self.FIRST:
-            best = self.longest if self.predicted / self.took > self.DOUBT * self._rate(0) else 0
+            best = self.longest if self.predicted / self.took > self.DOUBT * rates[0] else 0
         self.probe = best == 0 and self.since_draft >= self.patience
         return (4 if self.weighed else self._cheap_probe()) if self.probe else best
 
@@ -148,7 +149,7 @@ class Adaptive:
     def early_stop(self) -> EarlyStop:
         """Ends a draft where the expected gain of the next token is below its cost. The token only counts if all tokens
         before it are accepted."""
-        rate = max(self._rate(0), self.predicted / self.took if self.took else 0.0)
+        rate = max(self._plain_rate(), self.predicted / self.took if self.took else 0.0)
         pace = self.all_taken / self.all_modelled
         costs = [(self.modelled[n + 1] - self.modelled[n]) * pace for n in range(self.longest)]
         least = [rate * cost * tried / taken for cost, tried, taken in zip(costs, self.tried, self.taken, strict=True)]
@@ -210,17 +211,22 @@ class Adaptive:
         bin = bin_of(confidence, self.BINS)
         return self.confidence_taken[bin] / self.confidence_tried[bin]
 
-    def expected_tokens(self, length: int) -> float:
-        """Expected number of emitted tokens of a round with draft length `length`."""
-        expected = reach = 1.0
-        for i in range(length):
-            reach *= self.taken[i] / self.tried[i]
-            expected += reach
+    def _plain_rate(self) -> float:
+        """Tokens per second of plain steps."""
+        return 1 / (self.modelled[0] * self.scale[0])
+
+    def expected_tokens(self) -> list[float]:
+        """Expected number of emitted tokens of a round with draft length 0, 1, …"""
+        expected, reach = [1.0], 1.0
+        for taken, tried in zip(self.taken, self.tried, strict=True):
+            reach *= taken / tried
+            expected.append(expected[-1] + reach)
         return expected
 
-    def _rate(self, length: int) -> float:
-        """Expected tokens per second."""
-        return self.expected_tokens(length) / (self.modelled[length] * self.scale[length])
+    def _rates(self) -> list[float]:
+        """Expected tokens per second with draft length 0, 1, … Computed every round, within the round's time."""
+        tokens = self.expected_tokens()
+        return [n / (cost * scale) for n, cost, scale in zip(tokens, self.modelled, self.scale, strict=True)]
 
     def _cheap_probe(self) -> int:
         """The draft length of a probe: 2 where a draft of 2 costs less than 1.25 plain steps, else 1."""

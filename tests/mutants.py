@@ -1013,7 +1013,7 @@ MUTANTS = [
         "the cost of a draft is mixed over the drafters",
         "costs.py",
         "_draft_scale(prior, _Evidence.of(rounds).drafts.get(drafter, []))",
-        "_mixed_scale(prior, _Evidence.of(rounds))",
+        "_draft_scale(prior, sum(_Evidence.of(rounds).drafts.values(), []))",
         "test_costs.py::test_with_two_drafters_a_draft_costs_what_the_named_one_takes",
     ),
     # Figures and the race

@@ -68,7 +68,8 @@ def test_few_rounds_have_little_weight_and_many_outweigh_the_prior() -> None:
     vague = replace(TRUE, doubt=0.3)
 
     def spread(rounds: int) -> float:
-        return float(round_costs(vague, lanes([1] * rounds)).draws(400, np.random.default_rng(0))[:, 1].std())
+        passes, drafts = round_costs(vague, lanes([1] * rounds)).draws(400, np.random.default_rng(0))
+        return float((passes + drafts)[:, 1].std())
 
     assert spread(80) < 0.5 * spread(4)
 
@@ -77,8 +78,8 @@ def test_costs_grow_with_the_draft_on_a_cpu_and_need_not_elsewhere() -> None:
     cheap = Costs(0.006, (1.0, 1.5, 1.1, *(1.6 + 0.1 * g for g in range(14))), 0.0)
     rounds = lanes([1, 2, 3] * 40, cheap)
     assert (np.diff(round_costs(cheap, rounds).ratios) >= 0).all()
-    drawn = round_costs(cheap, rounds).draws(50, np.random.default_rng(0))
-    assert (np.diff(drawn, axis=1) >= 0).all()
+    passes, drafts = round_costs(cheap, rounds).draws(50, np.random.default_rng(0))
+    assert (np.diff(passes + drafts, axis=1) >= 0).all()
     free = round_costs(cheap, rounds, monotone=False).ratios
     assert free[2] == pytest.approx(1.1, rel=0.03) and free[1] == pytest.approx(1.5, rel=0.03)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -138,6 +139,18 @@ def test_a_pair_is_loaded_and_raced(pair_dir: Path) -> None:
         assert not set(ids[:-1]) & {5, 7}
     pair.use_drafter("lookup")
     assert pair.draft_length is None
+
+
+def test_what_is_loaded_is_left_out_of_garbage_collections_until_the_next_pair(pair_dir: Path) -> None:
+    pair = load(pair_dir)
+    model = weakref.ref(pair.target.model)
+    inside = {id(part) for part in gc.get_objects()}
+    assert id(pair.target.model) not in inside, "a full collection would visit it during a race"
+    circle: list[Any] = [pair]
+    circle.append(circle)  # only the garbage collector finds that nobody holds it
+    del pair, circle
+    load(pair_dir)
+    assert model() is None
 
 
 def test_any_of_the_end_of_turn_ids_ends_a_text(pair_dir: Path) -> None:

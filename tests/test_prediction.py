@@ -190,3 +190,43 @@ def test_the_band_of_a_short_race_is_wide() -> None:
     whole = predict(trace)
     assert few is not None and whole is not None
     assert (few.high[7] - few.low[7]) / few.median[7] > 1.5 * (whole.high[7] - whole.low[7]) / whole.median[7]
+
+
+def test_a_round_costs_what_the_drafter_of_its_tokens_costs() -> None:
+    """Every other stretch of 16 tokens is copied. Lookup drafts there, at no cost and without error; elsewhere a model
+    drafts one token a round, at half a step, and is wrong. With draft length 1 a copied stretch takes eight rounds
+    instead of one, so a larger share of the rounds has free drafts."""
+    costs = Costs(0.01, tuple(1 + 0.05 * g for g in range(17)), 0.0, 0.5)
+
+    def race(length: int) -> Trace:
+        rounds: list[Round] = []
+        clock, at = 0.0, 0
+        for index in range(321):
+            clock += 0.01
+            rounds.append(Round(BASELINE, index, (Token(index, "x", "target"),), 0, 0.0, 0.01, 0.01, clock))
+        clock, index = 0.0, 0
+        while at < 321:
+            copied = at % 32 >= 16
+            n = 0 if at == 0 else min(length, 15 - at % 16, 320 - at) if copied else 1
+            drafter = "" if n == 0 else "lookup" if copied else "mtp"
+            draft = 0.005 if drafter == "mtp" else 0.0
+            seconds = 0.01 * costs.verify_ratio[n] + draft
+            role = "accepted" if copied else "rejected"
+            drafted = [Token(1, "x", role, None, 0.5, i + 1) for i in range(n)]  # type: ignore[arg-type]
+            clock += seconds
+            tokens = (*drafted, Token(2, "x", "bonus" if copied else "correction"))
+            rounds.append(
+                Round(SPECULATIVE, index, tokens, length, draft, seconds - draft, seconds, clock, drafter=drafter)
+            )
+            at += n + 1 if copied else 1
+            index += 1
+        rounds.sort(key=lambda r: r.clock)
+        request = {"prompt": "p", "settings": Settings(draft_length=length).to_dict()}
+        return Trace(
+            request, {"device": "cpu"}, {}, 9, tuple(rounds), {BASELINE: "length", SPECULATIVE: "length"}, costs
+        )
+
+    predicted = predict(race(15), (1,))
+    measured = metrics.speedup(race(1))
+    assert predicted is not None and measured is not None
+    assert predicted.median[0] == pytest.approx(measured, rel=0.05)

@@ -19,7 +19,7 @@ from ..settings import MAX_DRAFT_LENGTH, Settings
 from ..state import State
 from ..target import Target
 
-SWEEP = (0, 1, 2, 3, 0, 4, 6, 8, 0, 12, 16)  # drafted tokens of the passes of a sweep, plain steps in between
+SWEEP = (0, 1, 2, 3, 0, 4, 5, 6, 0, 7, 8, 0, 12, 16)  # drafted tokens of the passes of a sweep, plain steps in between
 WIDTHS = sorted(set(SWEEP))
 MOST_SWEEPS = 15
 SECONDS = 1.0  # that sweeps may take beyond the least number
