@@ -24,7 +24,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .settings import MAX_DRAFT_LENGTH
+
 BUCKET = 512
+LONGEST_ROUND = MAX_DRAFT_LENGTH + 1  # tokens of a pass; one over more reads a prompt
 # Name of the cache argument of a model's forward; transformers 5.24 renamed it in every model.
 ARGUMENT = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
@@ -76,10 +79,15 @@ class RollbackLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        count = key_states.shape[2]
-        positions = self.cache.positions(count).to(self.keys.device)
-        _write(self.keys, positions, key_states)
-        _write(self.values, positions, value_states)
+        rows, _, count, _ = key_states.shape
+        if rows == 1 and count > LONGEST_ROUND:  # a prompt, of which the host knows where it ends
+            start, end = self.cache.length, self.cache.length + count
+            self.keys[:, :, start:end] = key_states
+            self.values[:, :, start:end] = value_states
+        else:
+            positions = self.cache.positions(count).to(self.keys.device)
+            _write(self.keys, positions, key_states)
+            _write(self.values, positions, value_states)
         width = self.cache.width(count)
         return self.keys[:, :, :width], self.values[:, :, :width]
 

@@ -19,18 +19,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .cache import ARGUMENT, BUCKET, RollbackCache, layer_kinds
+from .cache import ARGUMENT, BUCKET, LONGEST_ROUND, RollbackCache, layer_kinds
 from .clock import finish
 from .cpu.llama import Int8Llama
 from .masks import Masks
-from .settings import MAX_DRAFT_LENGTH
 
 # Possible chunk sizes of the prefill in tokens, all multiples of `kernels.products.MAX_ROWS`.
 CHUNKS = (6, 24, 96, 384, 1536)
 AIM = 0.8  # upper bound of the time of a chunk, in seconds
 FAR = 4096  # position at which chunks are timed a second time
 ANYWHERE = 1 << 30  # a position beyond every text
-FEW = MAX_DRAFT_LENGTH + 1  # tokens of a pass that copies the experts which each of them chose
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ class Target:
         operations for few tokens, too much memory for a prompt."""
         if not self.batched_experts or self._experts not in ("eager", "grouped_mm"):
             return
-        wanted = "batched_mm" if tokens <= FEW else self._experts
+        wanted = "batched_mm" if tokens <= LONGEST_ROUND else self._experts
         if self.config._experts_implementation != wanted:
             self.model.set_experts_implementation(wanted)
 

@@ -150,7 +150,7 @@ def _near(model: PreTrainedModel) -> PreTrainedModel:
     near: PreTrainedModel = deepcopy(model)
     generator = torch.Generator().manual_seed(1)
     for weights in near.parameters():
-        weights.data += 0.08 * torch.randn(weights.shape, generator=generator)
+        weights.data += 0.2 * torch.randn(weights.shape, generator=generator)
     return near
 
 
@@ -346,7 +346,7 @@ def test_every_row_is_decoded_as_it_is_alone(kind: str, drafter: str, rule: str)
         for text, ids, n, own in zip(texts, outcome.draft.ids.tolist(), counts, outcome.verdict.token, strict=True):
             text += [*ids[:n], int(own)]
         state.advance(max(counts) + 1)
-    if drafter == "model" and kind != "gemma3":
+    if drafter == "model":
         assert any(len(set(counts)) > 1 for counts in accepted), "rows part"
     assert [text[:COUNT] for text in texts] == alone
     assert all(

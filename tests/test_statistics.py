@@ -449,8 +449,8 @@ class Picky(ModelDrafter):
     """Leaves the first token it is not sure of out of the draft, which gives the drafted ones away as likely ones."""
 
     def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
-        made = self.draft(state, length)
-        assert made.confidence is not None and made.q is not None
+        made = super().draft_on_host(state, length, None)
+        assert made is not None and made.confidence is not None and made.q is not None
         likely = int((made.confidence > 0.5).long().cumprod(-1).sum())
         return Draft(made.ids[:, :likely], made.q[:, :likely], made.confidence[:, :likely])
 
