@@ -48,34 +48,13 @@ class HostRound(NamedTuple):
 
 
 def to_host(outcome: Outcome) -> HostRound:
-    """Everything the host needs of a round, in one copy. Ids below 2^24 are exact in float32.
+    """Everything the host needs of a round, in one copy.
 
     Raises:
         UserError: the logits are NaN, +inf, or −inf throughout.
     """
-    draft, verdict, p = outcome.draft, outcome.verdict, outcome.p[0]
-    n = draft.ids.shape[1]
-    parts = _Parts()
-    parts.add("accepted", verdict.accepted)
-    parts.add("own", verdict.token)
-    parts.add("ids", draft.ids)
-    if n:
-        parts.add("p", p[:n].gather(-1, draft.ids[0][:, None]))
-        parts.add("compared", verdict.compared)
-    parts.add("own p", p.reshape(-1).gather(0, verdict.accepted * p.shape[-1] + verdict.token))
-    parts.add_top("target", likeliest(p, TOP))
-    if n and draft.confidence is not None:
-        parts.add("q", draft.confidence)
-    if n and draft.top is not None:
-        parts.add_top("drafter", draft.top)
-    if n and verdict.residual is not None:
-        mass = verdict.residual.sum(-1)
-        parts.add("mass", mass)
-        parts.add_top("residual", likeliest(verdict.residual / mass.clamp_min(1e-30)[:, None], TOP))
-    if verdict.refused is not None and verdict.kl is not None:
-        parts.add("refused", verdict.refused)
-        parts.add("kl", verdict.kl)
-    host = parts.copy()
+    n = outcome.draft.ids.shape[1]
+    host = gathered(outcome).copy()
     if any(value != value for value in host["target values"][::TOP]):  # a row of p is NaN throughout, or not at all
         raise UserError(
             "The target produced logits that are not finite numbers; try another dtype or check its weights."
@@ -103,7 +82,34 @@ def _comparison(value: float, bound: float) -> Comparison | None:
     return Comparison(value, bound) if math.isfinite(value) and math.isfinite(bound) else None
 
 
-class _Parts:
+def gathered(outcome: Outcome) -> Parts:
+    """What `to_host` copies, still on the device. Reads nothing on the host."""
+    draft, verdict, p = outcome.draft, outcome.verdict, outcome.p[0]
+    n = draft.ids.shape[1]
+    parts = Parts()
+    parts.add("accepted", verdict.accepted)
+    parts.add("own", verdict.token)
+    parts.add("ids", draft.ids)
+    if n:
+        parts.add("p", p[:n].gather(-1, draft.ids[0][:, None]))
+        parts.add("compared", verdict.compared)
+    parts.add("own p", p.reshape(-1).gather(0, verdict.accepted * p.shape[-1] + verdict.token))
+    parts.add_top("target", likeliest(p, TOP))
+    if n and draft.confidence is not None:
+        parts.add("q", draft.confidence)
+    if n and draft.top is not None:
+        parts.add_top("drafter", draft.top)
+    if n and verdict.residual is not None:
+        mass = verdict.residual.sum(-1)
+        parts.add("mass", mass)
+        parts.add_top("residual", likeliest(verdict.residual / mass.clamp_min(1e-30)[:, None], TOP))
+    if verdict.refused is not None and verdict.kl is not None:
+        parts.add("refused", verdict.refused)
+        parts.add("kl", verdict.kl)
+    return parts
+
+
+class Parts:
     """Tensors by name on their way to the host, in one copy."""
 
     def __init__(self) -> None:
@@ -116,16 +122,25 @@ class _Parts:
         self.add(f"{name} ids", top[0])
         self.add(f"{name} values", top[1])
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many numbers each name has, in the order they are copied in."""
+        return {name: tensor.shape[0] for name, tensor in self._tensors.items()}
+
+    def joined(self) -> Tensor:
+        """All numbers in one float32 tensor, in which ids below 2^24 are exact."""
+        return torch.cat([tensor.float() for tensor in self._tensors.values()])
+
     def copy(self) -> dict[str, list[float]]:
+        """The numbers on the host, by name. Waits for the device."""
         if (
             next(iter(self._tensors.values())).device.type == "cpu"
         ):  # they are on the host, and joining them takes longer
             return {name: tensor.tolist() for name, tensor in self._tensors.items()}
-        values = torch.cat([tensor.float() for tensor in self._tensors.values()]).tolist()
-        out, at = {}, 0
-        for name, tensor in self._tensors.items():
-            out[name] = values[at : at + tensor.shape[0]]
-            at += tensor.shape[0]
+        values, out, at = self.joined().tolist(), {}, 0
+        for name, size in self.sizes.items():
+            out[name] = values[at : at + size]
+            at += size
         return out
 
 
