@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from spec_decode import decode, narrate
 from spec_decode.check.operators import fake_gpu
+from spec_decode.clock import finish
 from spec_decode.draft_length import Fixed
 from spec_decode.drafters import Draft, Drafter
 from spec_decode.drafters.lookup import LookupDrafter
@@ -49,7 +50,7 @@ ROUNDS = 4  # of a text; the first has no draft
 
 
 class HostRead(Exception):
-    """An operator on CUDA tensors gave a tensor on the CPU, which waits for the device."""
+    """Something waits for the device, or an operator on CUDA tensors gave a tensor on the CPU, which waits as well."""
 
 
 class Watch(TorchDispatchMode):
@@ -105,11 +106,16 @@ class Copies:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
-    """Replaces what wants a driver; while a round runs, waiting for the device is refused."""
+    """Replaces what wants a driver. To wait for the device is refused once the prompt has been read."""
     made = Copies()
+
+    def synchronize(device: Any = None) -> None:
+        if made.count:
+            raise HostRead("a round waits for the device")
+
     monkeypatch.setattr(narrate.Parts, "copy", lambda parts: made(parts))
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     return made
 
 
@@ -207,6 +213,11 @@ def _copied(state: State) -> Tensor:
     return state.last.cpu().to(CUDA)
 
 
+def _waits(state: State) -> Tensor:
+    finish(CUDA)
+    return state.last
+
+
 def _shape(state: State) -> Tensor:
     return state.tokens[state.tokens > 0][None, :1]
 
@@ -221,6 +232,7 @@ def _device(state: State) -> Tensor:
     [
         (_item, DataDependentOutputException),
         (_copied, HostRead),
+        (_waits, HostRead),
         (_shape, DynamicOutputShapeException),
         (_device, RuntimeError),
     ],
