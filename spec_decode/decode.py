@@ -43,7 +43,7 @@ from .draft_length import Controller, Fixed
 from .drafters import Draft, Drafter, NoDrafter
 from .events import BASELINE, SPECULATIVE, Reading, Round
 from .graphs import Recorder
-from .narrate import Parts, gather, narrate, to_host
+from .narrate import Parts, gathered, narrate, to_host
 from .noise import RoundNoise
 from .rules import Rule
 from .sampling import distribution, softmax
@@ -131,7 +131,8 @@ class Outcome:
 
     def joined(self) -> Outcome:
         """The same with `parts`, in one tensor."""
-        return replace(self, parts=gather(self).join())
+        parts = gathered(self)
+        return replace(self, parts=replace(parts, joined=parts.join()))
 
 
 Steps = Generator[Round | Reading, None, None]

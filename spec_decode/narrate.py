@@ -47,33 +47,6 @@ class HostRound(NamedTuple):
     kl: float | None
 
 
-def gather(outcome: Outcome) -> Parts:
-    """What the host needs of a round of one row, still on the device."""
-    draft, verdict, p = outcome.draft, outcome.verdict, outcome.p[0]
-    n = draft.ids.shape[1]
-    parts = Parts()
-    parts.add("accepted", verdict.accepted)
-    parts.add("own", verdict.token)
-    parts.add("ids", draft.ids)
-    if n:
-        parts.add("p", p[:n].gather(-1, draft.ids[0][:, None]))
-        parts.add("compared", verdict.compared)
-    parts.add("own p", p.reshape(-1).gather(0, verdict.accepted * p.shape[-1] + verdict.token))
-    parts.add_top("target", likeliest(p, TOP))
-    if n and draft.confidence is not None:
-        parts.add("q", draft.confidence)
-    if n and draft.top is not None:
-        parts.add_top("drafter", draft.top)
-    if n and verdict.residual is not None:
-        mass = verdict.residual.sum(-1)
-        parts.add("mass", mass)
-        parts.add_top("residual", likeliest(verdict.residual / mass.clamp_min(1e-30)[:, None], TOP))
-    if verdict.refused is not None and verdict.kl is not None:
-        parts.add("refused", verdict.refused)
-        parts.add("kl", verdict.kl)
-    return parts
-
-
 def to_host(outcome: Outcome) -> HostRound:
     """Everything the host needs of a round, in one copy.
 
@@ -81,7 +54,7 @@ def to_host(outcome: Outcome) -> HostRound:
         UserError: the logits are NaN, +inf, or −inf throughout.
     """
     n = outcome.draft.ids.shape[1]
-    host = (outcome.parts or gather(outcome)).copy()
+    host = (outcome.parts or gathered(outcome)).copy()
     if any(value != value for value in host["target values"][::TOP]):  # a row of p is NaN throughout, or not at all
         raise UserError(
             "The target produced logits that are not finite numbers; try another dtype or check its weights."
@@ -109,12 +82,39 @@ def _comparison(value: float, bound: float) -> Comparison | None:
     return Comparison(value, bound) if math.isfinite(value) and math.isfinite(bound) else None
 
 
+def gathered(outcome: Outcome) -> Parts:
+    """What `to_host` copies, still on the device. Reads nothing on the host."""
+    draft, verdict, p = outcome.draft, outcome.verdict, outcome.p[0]
+    n = draft.ids.shape[1]
+    parts = Parts()
+    parts.add("accepted", verdict.accepted)
+    parts.add("own", verdict.token)
+    parts.add("ids", draft.ids)
+    if n:
+        parts.add("p", p[:n].gather(-1, draft.ids[0][:, None]))
+        parts.add("compared", verdict.compared)
+    parts.add("own p", p.reshape(-1).gather(0, verdict.accepted * p.shape[-1] + verdict.token))
+    parts.add_top("target", likeliest(p, TOP))
+    if n and draft.confidence is not None:
+        parts.add("q", draft.confidence)
+    if n and draft.top is not None:
+        parts.add_top("drafter", draft.top)
+    if n and verdict.residual is not None:
+        mass = verdict.residual.sum(-1)
+        parts.add("mass", mass)
+        parts.add_top("residual", likeliest(verdict.residual / mass.clamp_min(1e-30)[:, None], TOP))
+    if verdict.refused is not None and verdict.kl is not None:
+        parts.add("refused", verdict.refused)
+        parts.add("kl", verdict.kl)
+    return parts
+
+
 @dataclass
 class Parts:
     """Tensors by name on their way to the host, in one copy.
 
     names, tensors: of one dimension each.
-    joined: all of them in one float32 tensor, where it was made already. Ids below 2^24 are exact in float32.
+    joined: all of them in one float32 tensor, where that was made already. Ids below 2^24 are exact in float32.
     """
 
     names: list[str] = field(default_factory=list)
@@ -129,19 +129,23 @@ class Parts:
         self.add(f"{name} ids", top[0])
         self.add(f"{name} values", top[1])
 
-    def join(self) -> Parts:
-        """The same with `joined`."""
-        return replace(self, joined=torch.cat([tensor.float() for tensor in self.tensors]))
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many numbers each name has, in the order they are copied in."""
+        return {name: tensor.shape[0] for name, tensor in zip(self.names, self.tensors, strict=True)}
+
+    def join(self) -> Tensor:
+        """All numbers in one float32 tensor."""
+        return torch.cat([tensor.float() for tensor in self.tensors]) if self.joined is None else self.joined
 
     def copy(self) -> dict[str, list[float]]:
+        """The numbers on the host, by name. Waits for the device."""
         if self.joined is None and self.tensors[0].device.type == "cpu":  # they are there, and joining takes longer
             return {name: tensor.tolist() for name, tensor in zip(self.names, self.tensors, strict=True)}
-        joined = self.join().joined if self.joined is None else self.joined
-        assert joined is not None
-        values, out, at = joined.tolist(), {}, 0
-        for name, tensor in zip(self.names, self.tensors, strict=True):
-            out[name] = values[at : at + tensor.shape[0]]
-            at += tensor.shape[0]
+        values, out, at = self.join().tolist(), {}, 0
+        for name, size in self.sizes.items():
+            out[name] = values[at : at + size]
+            at += size
         return out
 
 

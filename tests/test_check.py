@@ -3,6 +3,7 @@ line of all checks."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import tiny
 import torch
 
 from spec_decode.__main__ import main
-from spec_decode.check import CHECKS, gpu, lossless
+from spec_decode.check import CHECKS, gpu, lossless, operators
 from spec_decode.errors import UserError
 from spec_decode.loading import catalog
 
@@ -78,6 +79,72 @@ def test_gpu_fails_with_exit_code_1_if_a_race_failed(
 def test_gpu_refuses_a_pair_that_the_catalog_does_not_have(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no pair 'gemma-5'"):
         gpu.write(tmp_path, gpu.shaped("gemma-5", CPU))
+
+
+def test_operators_needs_a_pytorch_with_cuda(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert main(["check", "operators"]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith(
+        "spec_decode: check operators needs a PyTorch that was built with CUDA"
+    )
+    assert "pip install torch==2.12.0" in told.err and told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gemma-5"], "no shapes of a pair 'gemma-5'"),
+        (["--draft-length", "0"], "--draft-length takes 1 to 16, not 0"),
+        (["--draft-length", "17"], "--draft-length takes 1 to 16, not 17"),
+        (["--context", "0"], "--context takes 1 to 131040, not 0"),
+        (["gemma-4-31B", "--context", "262144"], "--context takes 1 to 262112, not 262144"),
+    ],
+)
+def test_operators_refuses_in_one_sentence(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert main(["check", "operators", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "inf", "nan", "x"])
+def test_operators_takes_no_assumption_of_nothing(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["check", "operators", "--launch", number])
+    assert left.value.code == 2 and "argument --launch" in capsys.readouterr().err
+
+
+def test_operators_predicts_from_launches_and_bytes() -> None:
+    assumed = operators.Assumptions(launch=10.0, replay=2.0, bandwidth=2.0)
+    busy = operators.Work(0, 1000, 7_000_000_000, 1_000_000_000).predict(assumed)
+    assert busy == {"launching": 10.0, "memory": 4.0, "eager": 10.0, "captured": 6.0}
+    assert operators.Work(0, 100, 8_000_000_000, 0).predict(assumed)["eager"] == 4.0
+
+
+def test_operators_prints_the_same_as_a_table_and_as_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    works = operators.Work(0, 3000, 4_560_000_000, 200_000_000), operators.Work(2, 4321, 4_670_000_000, 280_000_000)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(operators, "count", lambda entry, length, context: works)
+    options = ["google/gemma-4-e2b-it", "--draft-length", "2", "--context", "100", "--launch", "4", "--bandwidth", "1"]
+    assert main(["check", "operators", *options]) == 0
+    out = capsys.readouterr().out
+    assert "100 tokens before" in out and "4 µs to launch" in out and "1 TB/s" in out
+    assert out.splitlines()[-2:] == [
+        "| gemma-4-E2B | baseline step | 3,000 | 4.56 | 0.20 | 12.0 | 9.3 |",
+        "| gemma-4-E2B | round, γ = 2 | 4,321 | 4.67 | 0.28 | 17.3 | 11.4 |",
+    ]
+    assert main(["check", "operators", *options, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["assumed"] == {"launch": 4.0, "replay": 1.5, "bandwidth": 1.0} and told["conditions"]["context"] == 100
+    (row,) = told["pairs"]
+    assert row["pair"] == "gemma-4-E2B" and row["round"]["operators"] == 4321 and row["round"]["draft_length"] == 2
+    assert row["baseline_step"]["milliseconds"]["captured"] == pytest.approx(4.76 + 4.5)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -14,6 +14,7 @@ from ..errors import UserError
 
 CHECKS = {  # name: what it tells; the module has the name with "_" for "-"
     "gpu": "random pairs in the shapes of Gemma 4, raced on an accelerator in every precision",
+    "operators": "operators, bytes and predicted milliseconds of a step and a round of Gemma 4, on CUDA without a GPU",
     "lossless": "plain sampling, transformers' assisted generation and this engine against an exact distribution",
     "fidelity": "how far the embedded target's int8 weights are from float32: KL divergence and the same argmax",
     "kernels": "milliseconds of the linear layers of SmolLM2-135M, in PyTorch's kernels and in ours",
