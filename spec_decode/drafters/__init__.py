@@ -69,8 +69,8 @@ class Drafter:
         return None
 
     def draft(self, state: State, length: int) -> Draft:
-        """`length` ≥ 1 tokens for every row, without a wait for the device. Its operations depend on `length` and on the
-        bucket of `state.length + length` alone."""
+        """`length` ≥ 1 tokens for every row, without a wait for the device. Its operations depend on `length` and
+        on the bucket of `state.length + length` alone."""
         raise NotImplementedError(f"{self.name} drafts on the host")
 
     def close(self) -> None:
