@@ -349,15 +349,15 @@ MUTANTS = [
     Mutant(
         "MTP draws with the noise of the position before",
         "drafters/mtp.py",
-        "self._draw(out, places + i, places + 1))\n            if",
-        "self._draw(out, places + i - 1, places + 1))\n            if",
+        "self._draw(out, places + i, places + 1, state.seed))\n            if",
+        "self._draw(out, places + i - 1, places + 1, state.seed))\n            if",
         "test_mtp.py::test_coupled_drafts_are_drawn_with_the_targets_noise_of_their_positions[False-False]",
     ),
     Mutant(
         "MTP in 8 bits draws with the noise of the position before",
         "drafters/mtp.py",
-        "self._draw(out, places + i, places + 1))\n                else:",
-        "self._draw(out, places + i - 1, places + 1))\n                else:",
+        "self._draw(out, places + i, places + 1, state.seed))\n                else:",
+        "self._draw(out, places + i - 1, places + 1, state.seed))\n                else:",
         "test_mtp.py::test_coupled_drafts_are_drawn_with_the_targets_noise_of_their_positions[True-False]",
     ),
     Mutant(
@@ -370,22 +370,22 @@ MUTANTS = [
     Mutant(
         "every token drafted by MTP begins a round of its own",
         "drafters/mtp.py",
-        "self._draw(out, places + i, places + 1))\n            if",
-        "self._draw(out, places + i, places + i))\n            if",
+        "self._draw(out, places + i, places + 1, state.seed))\n            if",
+        "self._draw(out, places + i, places + i, state.seed))\n            if",
         "test_mtp.py::test_drafts_of_independent_rules_are_drawn_with_noise_of_their_round[False-False]",
     ),
     Mutant(
         "every token drafted by MTP in 8 bits begins a round of its own",
         "drafters/mtp.py",
-        "self._draw(out, places + i, places + 1))\n                else:",
-        "self._draw(out, places + i, places + i))\n                else:",
+        "self._draw(out, places + i, places + 1, state.seed))\n                else:",
+        "self._draw(out, places + i, places + i, state.seed))\n                else:",
         "test_mtp.py::test_drafts_of_independent_rules_are_drawn_with_noise_of_their_round[True-False]",
     ),
     Mutant(
         "every token drafted from centroids begins a round of its own",
         "drafters/mtp.py",
-        "[None], places + i, places + 1))",
-        "[None], places + i, places + i))",
+        "[None], places + i, places + 1, state.seed))",
+        "[None], places + i, places + i, state.seed))",
         "test_mtp.py::test_drafts_of_independent_rules_are_drawn_with_noise_of_their_round[True-True]",
     ),
     Mutant(
