@@ -384,8 +384,8 @@ MUTANTS = [
     Mutant(
         "every token drafted from centroids begins a round of its own",
         "drafters/mtp.py",
-        "[None], places + i, places + 1, state.seed))",
-        "[None], places + i, places + i, state.seed))",
+        "[None], places + i, places + 1, state.seed)",
+        "[None], places + i, places + i, state.seed)",
         "test_mtp.py::test_drafts_of_independent_rules_are_drawn_with_noise_of_their_round[True-True]",
     ),
     Mutant(
