@@ -154,7 +154,8 @@ def draw(logits: Tensor, positions: Tensor, start: Tensor, settings: Settings, w
     if settings.temperature == 0:
         ids, p = argmax(logits), softmax(logits.float())
         return Drawn(ids, None, p.gather(-1, ids[:, None])[:, 0], likeliest(p, TOP))
-    q, seed = distribution(logits, settings), settings.seed if words is None else words
+    q = distribution(logits, settings)
+    seed = settings.seed if words is None else words
     if settings.deciding.noise == "shared":
         drawn = noise.exponential(seed, positions, logits.shape[-1], noise.TARGET)
     else:

@@ -1016,6 +1016,35 @@ MUTANTS = [
         "_draft_scale(prior, sum(_Evidence.of(rounds).drafts.values(), []))",
         "test_costs.py::test_with_two_drafters_a_draft_costs_what_the_named_one_takes",
     ),
+    # Recorded rounds
+    Mutant(
+        "a recorded round draws with the seed of the race before",
+        "graphs.py",
+        "kept.seed.copy_(seed_words(lane.settings.seed))",
+        "kept.seed.copy_(kept.seed)",
+        "test_graphs.py::test_recorded_rounds_are_the_eager_ones[llama-mtp-rules0]",
+    ),
+    Mutant(
+        "a recorded round is not compared with the eager one",
+        "graphs.py",
+        "if not _agree(expected, result):",
+        "if False:",
+        "test_graphs.py::test_without_a_graph_rounds_stay_eager_and_say_so",
+    ),
+    Mutant(
+        "what was recorded of one drafter serves the next",
+        "graphs.py",
+        " or models != self._models:",
+        ":",
+        "test_graphs.py::test_another_drafter_gets_recordings_of_its_own",
+    ),
+    Mutant(
+        "a recording serves every bucket",
+        "graphs.py",
+        "key = (*key, state.cache.width(count))",
+        "key = (*key, 0)",
+        "test_graphs.py::test_a_bucket_is_part_of_what_was_recorded",
+    ),
     # Figures and the race
     Mutant(
         "the first token counts in the rate",
