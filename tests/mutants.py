@@ -464,7 +464,7 @@ MUTANTS = [
         "state.py",
         "        self.cache.settle(self.length - 1)\n",
         "",
-        "test_exactness.py::test_embedded_lanes_are_identical[0.0]",
+        "test_exactness.py::test_the_embedded_pair_as_it_ships_is_exact_and_worth_it[0.0]",
     ),
     Mutant(
         "all rows keep as much as the one that keeps the most",
