@@ -63,7 +63,8 @@ class CudaGraph:
         self._graph, self._pool = torch.cuda.CUDAGraph(), pool
 
     def record(self, body: Callable[[], Any]) -> Any:
-        with torch.cuda.graph(self._graph, pool=self._pool):
+        # Another thread, of the server say, may use the device meanwhile.
+        with torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local"):
             return body()
 
     def replay(self) -> None:

@@ -166,7 +166,8 @@ def load_pair(
         SettingsError: a `quantize` or `attention` that cannot be used.
     """
     say = progress or (lambda line: None)
-    gc.unfreeze()  # nobody may hold the pair before this one any more
+    gc.unfreeze()
+    gc.collect()  # of a pair that nobody holds any more, before the memory that is free is looked at
     plan = make_plan(target, device, dtype, options)
     quantizes = plan.target.precision or plan.drafter.precision
     if quantizes and "cpu" in (plan.device.type, plan.drafter_device.type):
