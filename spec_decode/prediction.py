@@ -46,8 +46,8 @@ NEXT = 4.0  # weight of the rate of first drafts as a prior of that of later dra
 # Standard deviations between two runs, beyond the scatter of rounds: of the log speedup, and of the logarithm of the
 # part of a pass that grows with its tokens. Other load on the machine slows arithmetic and memory reads by different
 # factors.
-RUN_TO_RUN = 0.03
-ROWS_RUN_TO_RUN = 0.06
+RUN_TO_RUN = 0.035
+ROWS_RUN_TO_RUN = 0.04
 LONGEST_TEXT = 2048  # tokens that are simulated; longer texts are cut
 
 
