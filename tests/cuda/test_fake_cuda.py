@@ -93,7 +93,7 @@ class Copies:
         self.count = 0
 
     def __call__(self, parts: narrate.Parts) -> dict[str, list[float]]:
-        joined = parts.joined()
+        joined = parts.join()
         assert joined.device.type == "cuda" and joined.dtype == torch.float32 and joined.dim() == 1
         sizes = parts.sizes
         assert joined.shape[0] == sum(sizes.values())
