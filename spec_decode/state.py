@@ -43,7 +43,7 @@ class State:
         """The state after `prompt` was read into `cache`; it will not grow beyond `capacity` tokens."""
         tokens = torch.zeros(1, capacity + MAX_DRAFT_LENGTH + 1, dtype=torch.long)
         tokens[0, : len(prompt)] = torch.tensor(prompt)
-        return cls(tokens.to(device), torch.tensor([len(prompt)], device=device), len(prompt), cache)
+        return cls(tokens.to(device), torch.full((1,), len(prompt), device=device), len(prompt), cache)
 
     @classmethod
     def join(cls, states: Sequence[State]) -> State:
