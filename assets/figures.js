@@ -75,7 +75,7 @@ const draws = {
     const traces = [];
     if (m.predicted.length) {
       const there = m.lengths, back = [...there].reverse();
-      traces.push({ x: [...there, ...back], y: [...m.high, ...[...m.low].reverse()], name: "90 % band", mode: "lines", fill: "toself", fillcolor: c.soft, line: { width: 1, color: c.accent, dash: "dot" }, hoverinfo: "skip" });
+      traces.push({ x: [...there, ...back], y: [...m.high, ...[...m.low].reverse()], name: "band", mode: "lines", fill: "toself", fillcolor: c.soft, line: { width: 1, color: c.accent, dash: "dot" }, hoverinfo: "skip" });
       traces.push({ x: there, y: m.predicted, customdata: m.low.map((low, i) => [low, m.high[i]]), name: "predicted", mode: "lines+markers", line: { color: c.accent, width: 2.5 }, marker: { size: 6 }, hovertemplate: "γ = %{x}: %{y:.2f}× predicted, %{customdata[0]:.2f}–%{customdata[1]:.2f}×<extra></extra>" });
       if (m.best) traces.push({ x: [m.best], y: [m.predicted[m.best - 1]], name: "best γ = " + m.best, mode: "markers", marker: { symbol: "circle-open", size: 15, color: c.accent, line: { width: 2.5 } }, hoverinfo: "skip" });
     }

@@ -217,7 +217,6 @@ def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | 
             held.callback(recorder.give_back, state)
             if state.cache is not prefill.cache:
                 prefill.cache.free()
-        recorded = recorder.seconds if recorder else 0.0
         ended = False
         while left > 0 and not ended:
             watch = Stopwatch(target.device)
@@ -246,12 +245,12 @@ def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | 
             tokens, residual = narrate(host, emitted, text, last=ended or left == 0)
 
             now = time.perf_counter()
-            if recorder and recorder.seconds > recorded:
-                begun += recorder.seconds - recorded
-                recorded = recorder.seconds
+            laps = watch.laps()
+            if recorder and index > 0:  # recording is on no lane's clock
+                begun += sum(recorder.spent)
+                laps = [max(lap - spent, 0.0) for lap, spent in zip(laps, recorder.spent, strict=True)]
             seconds, begun = now - begun, now
             clock += seconds
-            laps = watch.laps()
             if index == 0:
                 laps = [laps[0] + starting, laps[1] + prefill.seconds]
             maker = outcome.draft.drafter if host.ids else ""

@@ -89,7 +89,7 @@ class Recorder:
         say: gets a line when something is recorded, and when it cannot be.
 
     Attributes:
-        seconds: spent on recording since the recorder was made.
+        spent: seconds of the latest round that went into recording, of its draft and of its pass.
         refused: why rounds stay eager; empty while they do not.
     """
 
@@ -100,7 +100,7 @@ class Recorder:
         self._state: State | None = None
         self._models: tuple[Target, Drafter | None] | None = None  # whose weights were recorded
         self._taken = False
-        self.seconds, self.refused = 0.0, ""
+        self.spent, self.refused = [0.0, 0.0], ""
 
     @classmethod
     def on(cls, device: torch.device, say: Callable[[str], None] = lambda line: None) -> Recorder | None:
@@ -113,14 +113,24 @@ class Recorder:
     @torch.inference_mode()
     def take(self, lane: Lane, state: State) -> State:
         """The state that the lane goes on with: that of the recorder, with the content of `state`. Where another lane
-        has it, or nothing can be recorded, `state` itself."""
+        has it, nothing can be recorded, or memory for a second copy is lacking, `state` itself."""
         if self._taken or self.refused:
             return state
+        try:
+            kept = self._filled(lane, state)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._refuse("there is too little memory for a state that is kept")
+            return state
+        self._taken = True
+        return kept
+
+    def _filled(self, lane: Lane, state: State) -> State:
         kept = self._state
         models = lane.target, lane.drafter if lane.drafter.recordable else None
         if kept is None or kept.tokens.shape[1] < state.tokens.shape[1] or models != self._models:
-            self._recordings.clear()
-            self._asked.clear()
+            self._forget()
             kept = self._state = _room(lane, state)
             self._models = models
         kept.tokens[:, : state.tokens.shape[1]].copy_(state.tokens)
@@ -129,17 +139,31 @@ class Recorder:
         kept.cache.load(state.cache)
         assert kept.seed is not None
         kept.seed.copy_(seed_words(lane.settings.seed))
-        self._taken = True
         return kept
+
+    def _forget(self) -> None:
+        """Frees all recordings, and the state unless a lane has it."""
+        self._recordings.clear()
+        self._asked.clear()
+        if not self._taken:
+            self._state = None
+
+    def _refuse(self, why: str) -> None:
+        self.refused = why
+        self._forget()
+        self._say(f"Rounds are not recorded: {why}")
 
     def give_back(self, state: State) -> None:
         """The lane has ended."""
         if state is self._state:
             self._taken = False
+            if self.refused:
+                self._forget()
 
     @torch.inference_mode()
     def round(self, lane: Lane, state: State, length: int, draft: Draft | None, watch: Stopwatch | None) -> Outcome:
         """As `decode.decode_round`; `state` is what `take` returned."""
+        self.spent = [0.0, 0.0]
         if draft is None:
             draft = self._drafted(lane, state, length)
         if watch:
@@ -183,12 +207,14 @@ class Recorder:
             known.graph.replay()
             state.cache.length += known.advanced
             return known.result
+        if len(self._asked) > MOST * MOST:
+            self._asked.clear()
         self._asked[key] += 1
         if self._asked[key] < 2 or self.refused:
             return body(given)
         begun = time.perf_counter()
         result = self._record(key, state, given, body)
-        self.seconds += time.perf_counter() - begun
+        self.spent[given is not None] += time.perf_counter() - begun
         return result
 
     def _record(self, key: Key, state: State, given: Draft | None, body: Callable[[Draft | None], Any]) -> Any:
@@ -196,6 +222,7 @@ class Recorder:
         expected = _copied(body(given))
         before.restore()
         static = _copied(given)
+        why = ""
         try:
             graph = self._new_graph()
             result = graph.record(lambda: body(static))
@@ -204,13 +231,13 @@ class Recorder:
             graph.replay()
             state.cache.length += advanced
             if not _agree(expected, result):
-                self.refused = "a recorded round differs from the eager one"
+                why = "a recorded round differs from the eager one"
         except RuntimeError as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
             why = "there is too little memory" if is_out_of_memory(error) else "the device refuses to record them"
-            self.refused = f"{why} ({str(error).splitlines()[0]})"
-        if self.refused:
-            self._recordings.clear()
-            self._say(f"Rounds are not recorded: {self.refused}")
+            why = f"{why} ({said})"
+        if why:
+            self._refuse(why)
             before.restore()
             return body(given)
         self._recordings[key] = _Recording(graph, static, result, advanced)

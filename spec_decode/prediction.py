@@ -1,4 +1,4 @@
-"""The predicted speedup of every fixed draft length, with a 90 % band, from one race of any draft length.
+"""The predicted speedup of every fixed draft length, with a band, from one race of any draft length.
 
 In: a finished `Trace`. Out: for γ = 1…8 the speedup that a race of that draft length on the same prompt would have.
 Formula: tokens per round ÷ (γ·c + v(γ)) of Leviathan et al. 2023 (arXiv:2211.17192), both measured in this race.

@@ -291,6 +291,25 @@ def test_a_model_that_fails_with_our_masks_keeps_those_of_transformers() -> None
     assert target.masks is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_reads_our_masks_as_something_else_keeps_those_of_transformers(dtype: torch.dtype) -> None:
+    """Here as if a prepared mask said which positions are hidden."""
+    model = tiny.model("llama").to(dtype)
+
+    def mistake(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs.get("attention_mask")
+        return args, kwargs if mask is None else {**kwargs, "attention_mask": ~mask}
+
+    hook = model.model.register_forward_pre_hook(mistake, with_kwargs=True)
+    target = Target(model)
+    check_rollback(target, "x")
+    assert target.masks is None
+    hook.remove()
+    target = Target(model)
+    check_rollback(target, "x")
+    assert target.masks is not None, "its own rounding does not count as a mistake"
+
+
 def test_a_batch_of_experts_computes_what_single_experts_do() -> None:
     model = tiny.gemma4("moe")[0]
     tokens = torch.tensor(PROMPT)
