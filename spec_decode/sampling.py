@@ -110,7 +110,9 @@ def _nucleus_edge(p: Tensor, settings: Settings) -> Tensor:
 def get_ready() -> None:
     """Compiles what a CPU needs, where that was never done, so that the first race need not."""
     drawn = noise.exponential(0, torch.zeros(1, dtype=torch.long), 2)
-    exponential_argmax(softmax(drawn), drawn)
+    p = softmax(drawn)
+    exponential_argmax(p, drawn)
+    likeliest(p, TOP)
 
 
 def _compiled(x: Tensor) -> bool:
