@@ -188,7 +188,7 @@ class Costs:
     units of it (so v(0) = 1); `draft_ratio` is c, one drafted token in the same unit, and `draft_start` what the first
     of a draft costs beyond that (its weights come from memory, those of the next ones do not). `other_ratio` is what
     else a round takes where there is a drafter, measured in races, see `costs.learned`. `doubt` is the relative scatter
-    of the samples that the ratios were measured from.
+    of the load-time samples. `errors` are the relative standard errors of v(γ), empty before the first race.
     """
 
     step_seconds: float
@@ -197,6 +197,7 @@ class Costs:
     draft_start: float = 0.0
     other_ratio: float = 0.0
     doubt: float = 0.1
+    errors: tuple[float, ...] = ()
 
     def draft(self, length: int) -> float:
         """A draft of that length, in target passes over one token: length·c, and the start if length > 0."""
@@ -212,7 +213,7 @@ class Costs:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Costs:
-        return cls(**{**data, "verify_ratio": tuple(data["verify_ratio"])})
+        return cls(**{**data, "verify_ratio": tuple(data["verify_ratio"]), "errors": tuple(data.get("errors", ()))})
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,17 +12,20 @@ accepted tokens of any round that begins there. Unobserved outcomes are drawn an
 
 - a token that was drafted in a round with another beginning has the observed outcome with probability `SAME`, since the
   difficulty depends mostly on the token; otherwise it is an independent draw;
-- a token that was never drafted is accepted at the rate of first drafts, which is not subject to selection by
-  confidence. Later drafts have their own rate in races that never end a draft early; in races that do, they have the
-  rate of first drafts, with the standard deviation of `FIRST_TO_NEXT` observations.
+- an independent draw, as for a token that was never drafted, has the probability that a logistic regression gives, from
+  how likely the token was under the target and whether it is the first of its draft. It is fitted to the drafted tokens
+  that this race verified, with Gaussian priors. The tokens that a race leaves undrafted are no random choice, as the
+  drafter's confidence chose them, but the target's probabilities are known for all of them. Races that end drafts early
+  verify later drafts where the drafter was confident, so there the prior keeps their rate near that of first drafts.
 
-Rates are drawn from their Beta posteriors and costs from theirs. Each replicate also has the scatter between runs:
-`RUN_TO_RUN`, and the scatter of this race's baseline steps, for either lane. Under rules that draw independently
-another run has another text, so every token is an independent draw.
+Coefficients are drawn from their posterior (Laplace's approximation), and costs from theirs. Each replicate also has
+the scatter between runs: `RUN_TO_RUN`, and the scatter of this race's baseline steps, for either lane. Under rules that
+draw independently another run has another text, so every token is an independent draw.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,13 +44,15 @@ REPLICATES = 300
 # 0.6, 0.8, 1.0): accepted tokens were accepted again in 84, 88, 96 and 99 % of cases, rejected ones then accepted in 5,
 # 17, 19 and 28 %; with probability 0.73 it would be 84, 89, 95, 100 % and 11, 16, 22, 27 %.
 SAME = (16.0, 6.0)
-FIRST_TO_NEXT = 30.0
-NEXT = 4.0  # weight of the rate of first drafts as a prior of that of later drafts, in observations
-# Standard deviations between two runs, beyond the scatter of rounds: of the log speedup, and of the logarithm of the
-# part of a pass that grows with its tokens. Other load on the machine slows arithmetic and memory reads by different
-# factors.
-RUN_TO_RUN = 0.035
-ROWS_RUN_TO_RUN = 0.04
+# Priors of the regression, mean and standard deviation: of the intercept, at a token with log odds of `USUAL` under the
+# target; of the slope; and of what is added for later drafts, where drafts may end early and where they may not.
+INTERCEPT, SLOPE = (0.7, 1.5), (0.5, 0.3)
+LATER_EARLY, LATER = (0.0, 0.3), (0.0, 1.0)
+USUAL = 2.0
+MOST_ODDS = 7.0  # log odds beyond it are cut
+NEWTON_STEPS = 20
+# Standard deviation of the log speedup between two runs, beyond the scatter of rounds and of their costs.
+RUN_TO_RUN = 0.03
 LONGEST_TEXT = 2048  # tokens that are simulated; longer texts are cut
 
 
@@ -77,14 +82,16 @@ def predict(trace: Trace, lengths: Sequence[int] = LENGTHS) -> Prediction | None
     seen = _Seen.of(fast)
     accepted, empty = _accepted(seen, settings.same_text, max(lengths), noise)
     limit = trace.finish.get(SPECULATIVE) == "length" and seen.whole
-    relative = np.array([found.drafters.get(name, 1.0) if settings.same_text else 1.0 for name in seen.makers])
-    costs = _Costs(passes, drafts, relative)
+    shares = [max(made.drafts, 1) for made in found.drafts.values()]
+    average = np.average(np.stack(list(drafts.values())), axis=0, weights=shares)
+    index = {name: i for i, name in enumerate(drafts)} if settings.same_text else {}
+    makers = np.array([index.get(name, len(drafts)) for name in seen.makers])
+    costs = _Costs(passes, np.stack([*drafts.values(), average]), makers)
     rates = np.stack([_rate(accepted, empty, costs, n, limit) for n in lengths])
     winners = np.argmax(rates, 0)
     fastest = int(np.argmax(np.bincount(winners, minlength=len(lengths))))
     clear = (winners == fastest).mean() >= LEVEL
-    rows = np.array([[ROWS_RUN_TO_RUN * (1 - 1 / found.passes[n])] for n in lengths])
-    scatter = np.sqrt(RUN_TO_RUN**2 + 2 * _step_variance(Lane.of(base)) + rows**2)
+    scatter = math.sqrt(RUN_TO_RUN**2 + 2 * _step_variance(Lane.of(base)))
     band = rates * np.exp(scatter * noise.standard_normal(REPLICATES))
     ends = np.quantile(band, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
     low, middle, high = (tuple(row.tolist()) for row in (ends[0], np.median(rates, 1), ends[1]))
@@ -97,9 +104,9 @@ class _Seen:
 
     Attributes:
         right: int `[tokens]`: 1 drafted and accepted, 0 drafted and rejected, −1 never drafted.
+        odds: `[tokens]`, the log odds of each token under the target, less `USUAL`; 0 where its probability is unknown.
         starts: (drafted, accepted) by the token at which a round with a draft length above 0 began.
-        first: (accepted, total) of the first drafted tokens of rounds.
-        later: the same of the tokens after them.
+        tried: (token, not the first of its draft, accepted), int `[tried, 3]`, of all drafts that were verified.
         answered: (with a draft, total) of rounds with a draft length above 0; lookup drafts nothing without a match.
         makers: the drafter of the round that emitted each token, "" where there was no draft.
         early: drafts may have ended where the drafter's confidence was low.
@@ -107,9 +114,9 @@ class _Seen:
     """
 
     right: np.ndarray
+    odds: np.ndarray
     starts: dict[int, tuple[int, int]]
-    first: tuple[int, int]
-    later: tuple[int, int]
+    tried: np.ndarray
     answered: tuple[int, int]
     makers: list[str]
     early: bool
@@ -117,10 +124,12 @@ class _Seen:
 
     @classmethod
     def of(cls, rounds: Sequence[Round]) -> _Seen:
-        size = min(sum(len(r.emitted) for r in rounds), LONGEST_TEXT)
+        text = [token for r in rounds for token in r.emitted][:LONGEST_TEXT]
+        size = len(text)
         right = np.full(size, -1)
         starts: dict[int, tuple[int, int]] = {}
-        first, later, answered = [0, 0], [0, 0], [0, 0]
+        tried: list[tuple[int, bool, bool]] = []
+        answered = [0, 0]
         makers: list[str] = []
         at, early, last = 0, False, rounds[-1].index
         for r in rounds:
@@ -129,26 +138,39 @@ class _Seen:
                 answered[0] += drafted > 0
                 answered[1] += 1
                 early |= 0 < drafted < r.draft_length and r.index < last
-                for i in range(min(accepted + 1, drafted)):
-                    count = later if i else first
-                    count[0] += i < accepted
-                    count[1] += 1
-                    if at + i < size:
-                        right[at + i] = i < accepted
+                for i in range(min(accepted + 1, drafted, size - at)):
+                    tried.append((at + i, i > 0, i < accepted))
+                    right[at + i] = i < accepted
                 if at < size:
                     starts[at] = (drafted, accepted)
             at += len(r.emitted)
             makers += [r.drafter] * len(r.emitted)
-        return cls(
-            right,
-            starts,
-            (first[0], first[1]),
-            (later[0], later[1]),
-            (answered[0], answered[1]),
-            makers[:size],
-            early,
-            at == size,
-        )
+        odds = np.array([0.0 if token.p is None else _log_odds(token.p) - USUAL for token in text])
+        whole = at == size
+        visits = np.array(tried, int).reshape(-1, 3)
+        return cls(right, odds, starts, visits, (answered[0], answered[1]), makers[:size], early, whole)
+
+
+def _log_odds(p: float) -> float:
+    p = min(max(p, 1e-9), 1 - 1e-9)
+    return min(max(math.log(p / (1 - p)), -MOST_ODDS), MOST_ODDS)
+
+
+def _chances(seen: _Seen, noise: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The probability that a draft of each token is accepted, `[REPLICATES, tokens]`, where it is the first of its
+    round and where it is a later one."""
+    at, later, accepted = seen.tried.T
+    design = np.stack([np.ones(len(at)), seen.odds[at], later], axis=1)
+    priors = np.array([INTERCEPT, SLOPE, LATER_EARLY if seen.early else LATER])
+    mean, precision = priors[:, 0], np.diag(priors[:, 1] ** -2)
+    found = mean
+    for _ in range(NEWTON_STEPS):
+        chance = 1 / (1 + np.exp(-design @ found))
+        curvature = (design * (chance * (1 - chance))[:, None]).T @ design + precision
+        found = found + np.linalg.solve(curvature, design.T @ (accepted - chance) - precision @ (found - mean))
+    drawn = noise.multivariate_normal(found, np.linalg.inv(curvature), REPLICATES, method="eigh")
+    first = drawn[:, :1] + drawn[:, 1:2] * seen.odds
+    return 1 / (1 + np.exp(-first)), 1 / (1 + np.exp(-first - drawn[:, 2:]))
 
 
 def _accepted(seen: _Seen, same_text: bool, longest: int, noise: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -156,16 +178,7 @@ def _accepted(seen: _Seen, same_text: bool, longest: int, noise: np.random.Gener
     and whether the drafter drafts nothing there, bool `[REPLICATES, tokens]`."""
     size, shape = len(seen.right), (REPLICATES, len(seen.right))
 
-    def rate(yes: float, of: float) -> np.ndarray:
-        return noise.beta(yes, of - yes, (REPLICATES, 1))
-
-    first = rate(seen.first[0] + 1.0, seen.first[1] + 2.0)
-    near = first.clip(0.02, 0.98)
-    if seen.early:
-        later = noise.beta(FIRST_TO_NEXT * near, FIRST_TO_NEXT * (1 - near))
-    else:
-        yes, of = seen.later
-        later = noise.beta(NEXT * near + yes, NEXT * (1 - near) + of - yes)
+    first, later = _chances(seen, noise)
     same = noise.beta(*SAME, (REPLICATES, 1)) if same_text else np.zeros((REPLICATES, 1))
     known = (seen.right >= 0) & same_text
     copied, uniform = noise.random(shape) < same, noise.random(shape)
@@ -178,7 +191,8 @@ def _accepted(seen: _Seen, same_text: bool, longest: int, noise: np.random.Gener
     for t in range(size - 1, -1, -1):
         run[:, t] = np.where(goes_on[:, t], np.minimum(run[:, t + 1] + 1, longest), 0)
     accepted = np.where(begins, np.minimum(1 + run[:, 1:], longest), 0)
-    empty = noise.random(shape) >= rate(seen.answered[0] + 0.5, seen.answered[1] + 1.0)
+    answered, asked = seen.answered
+    empty = noise.random(shape) >= noise.beta(answered + 0.5, asked - answered + 0.5, (REPLICATES, 1))
     if same_text:
         for t, (drafted, right) in seen.starts.items():
             empty[:, t] = drafted == 0
@@ -188,12 +202,12 @@ def _accepted(seen: _Seen, same_text: bool, longest: int, noise: np.random.Gener
 
 
 class _Costs(NamedTuple):
-    """Costs in baseline steps: of rounds without the draft and of drafts `[REPLICATES, 17]`, and a factor for the
-    latter at each token, `[tokens]`."""
+    """Costs in baseline steps of rounds without the draft, `[REPLICATES, 17]`, and of drafts, `[drafters, REPLICATES,
+    17]`; at each token which drafter it is, `[tokens]`."""
 
     passes: np.ndarray
     drafts: np.ndarray
-    relative: np.ndarray
+    makers: np.ndarray
 
 
 def _rate(accepted: np.ndarray, empty: np.ndarray, costs: _Costs, length: int, limit: bool) -> np.ndarray:
@@ -207,7 +221,7 @@ def _rate(accepted: np.ndarray, empty: np.ndarray, costs: _Costs, length: int, l
     for t in range(size - 1, 0, -1):
         drafted = min(length, size - t - 1) if limit else length
         taken = np.minimum(accepted[:, t], drafted)
-        draft = costs.passes[:, drafted] + costs.relative[t] * costs.drafts[:, drafted]
+        draft = costs.passes[:, drafted] + costs.drafts[costs.makers[t], :, drafted]
         cost = np.where(empty[:, t], costs.passes[:, 0], draft)
         left[:, t] = cost + left[every, t + taken + 1]
     return np.asarray((size - 1) / left[:, 1])

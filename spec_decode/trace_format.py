@@ -198,6 +198,7 @@ _COSTS: dict[str, Fits] = {
     "draft_start": _positive,
     "other_ratio": _positive,
     "doubt": _positive,
+    "errors": _all(_positive),
 }
 _PROMISES: dict[str, Fits] = {
     "exact": _truth,

@@ -64,14 +64,31 @@ def test_a_race_corrects_costs_that_were_measured_on_a_busy_machine() -> None:
 def test_few_rounds_have_little_weight_and_many_outweigh_the_prior() -> None:
     certain = replace(WRONG, doubt=0.0)
     errors = [abs(round_costs(certain, lanes([1] * n)).ratios[1] / TRUE.round(1) - 1) for n in (2, 12, 60, 400)]
-    assert errors[0] > 0.3 and errors[0] > errors[1] > errors[2] and max(errors[2:]) < 0.05
+    assert errors[0] > 0.3 and errors[0] > errors[1] > errors[2] and max(errors[2:]) < 0.07
     vague = replace(TRUE, doubt=0.3)
+    lasting = [learned(vague, lanes([1] * n)).errors[1] for n in (4, 12, 60)]
+    assert lasting[0] > lasting[1] > lasting[2]
 
-    def spread(rounds: int) -> float:
-        passes, drafts = round_costs(vague, lanes([1] * rounds)).draws(400, np.random.default_rng(0))
-        return float((passes + drafts)[:, 1].std())
 
-    assert spread(80) < 0.5 * spread(4)
+def test_the_more_races_there_were_the_less_one_moves_the_costs() -> None:
+    """A neighbour slows the rounds of one race by 15 %; costs measured at load time alone move further."""
+    slow = replace(TRUE, verify_ratio=(1.0, *(1.15 * v for v in TRUE.verify_ratio[1:])))
+    odd = lanes([1, 2] * 40, slow)
+    known = TRUE
+    for seed in range(8):
+        known = learned(known, lanes([1, 2, 4, 8] * 20, seed=seed))
+    assert known.round(8) == pytest.approx(TRUE.round(8), rel=0.02)
+    moved, fresh = (learned(prior, odd).round(8) / prior.round(8) - 1 for prior in (known, replace(TRUE, doubt=0.05)))
+    assert 0 < moved < 0.4 * fresh
+    after = round_costs(known, odd).ratios[2] / known.round(2) - 1
+    assert after > 1.5 * (learned(known, odd).round(2) / known.round(2) - 1), "the next race may still be slow"
+
+
+def test_the_cost_of_a_draft_is_a_line_that_races_correct() -> None:
+    """At load time a token of a draft seemed to cost twice as much."""
+    prior = replace(TRUE, draft_ratio=2 * TRUE.draft_ratio)
+    for found in (learned(prior, lanes([1, 3, 5] * 40)), learned(learned(prior, lanes([2] * 90)), lanes([6] * 90))):
+        assert found.draft(8) == pytest.approx(TRUE.draft(8), rel=0.1)
 
 
 def test_costs_grow_with_the_draft_on_a_cpu_and_need_not_elsewhere() -> None:
@@ -79,7 +96,7 @@ def test_costs_grow_with_the_draft_on_a_cpu_and_need_not_elsewhere() -> None:
     rounds = lanes([1, 2, 3] * 40, cheap)
     assert (np.diff(round_costs(cheap, rounds).ratios) >= 0).all()
     passes, drafts = round_costs(cheap, rounds).draws(50, np.random.default_rng(0))
-    assert (np.diff(passes + drafts, axis=1) >= 0).all()
+    assert (np.diff(passes + drafts[""], axis=1) >= 0).all()
     free = round_costs(cheap, rounds, monotone=False).ratios
     assert free[2] == pytest.approx(1.1, rel=0.03) and free[1] == pytest.approx(1.5, rel=0.03)
 

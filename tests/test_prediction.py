@@ -23,6 +23,7 @@ class World:
 
     Whether a token is drafted correctly depends mostly on the token; in a round with another beginning it is an
     independent draw with probability 0.2. Drafts are deterministic given the beginning of the round, as with a model.
+    Tokens that are easy to draft are likely under the target, more or less.
     """
 
     def __init__(self, seed: int, tokens: int = 180, ease: float = 0.0, empty: float = 0.0) -> None:
@@ -33,6 +34,7 @@ class World:
         self.tokens = tokens
         self.probability = 1 / (1 + np.exp(-(0.7 + ease + 1.5 * steps)))
         self.usual = noise.random(len(steps)) < self.probability
+        self.p = 1 / (1 + np.exp(-(1.5 + 2.5 * steps + 0.5 * noise.normal(size=len(steps)))))
         self.seed, self.empty = seed, noise.random(tokens) < empty
         # By beginning of a round and position in its draft: whether the token is right, and the confidence.
         at = np.minimum(np.arange(tokens)[:, None] + np.arange(17), tokens)
@@ -52,6 +54,9 @@ class World:
         noise = np.random.default_rng((self.seed, run, len(str(length)), length if isinstance(length, int) else 99))
         chooser: Controller = Adaptive(measured or costs) if length == "adaptive" else Fixed(int(length))
         pace = costs.step_seconds * np.exp(0.01 * noise.standard_normal())
+        # The state of the machine, most of which lasts from one race to the next, and each length's own difference.
+        state = 0.8 * np.random.default_rng(self.seed + 1000).standard_normal() + 0.6 * noise.standard_normal()
+        slower = np.exp(0.04 * state * np.minimum(np.arange(17), 4) / 4 + 0.02 * noise.standard_normal(17))
         rounds = {BASELINE: [], SPECULATIVE: []}  # type: dict[str, list[Round]]
 
         def emit(lane: str, tokens: tuple[Token, ...], asked: int, ratio: float, draft: float = 0.0) -> Round:
@@ -78,15 +83,22 @@ class World:
             accepted = next((i for i, (right, _) in enumerate(made) if not right), len(made))
             tokens = [
                 Token(
-                    at + i if i < accepted else 99_999, "x", "accepted" if i < accepted else "rejected", None, q, i + 1
+                    at + i if i < accepted else 99_999,
+                    "x",
+                    "accepted" if i < accepted else "rejected",
+                    float(self.p[at + i]) if i < accepted else None,
+                    q,
+                    i + 1,
                 )
                 for i, (_, q) in enumerate(made)
             ]
             own = "target" if not made else "bonus" if accepted == len(made) else "correction"
-            tokens.append(Token(at + accepted, "x", own))  # type: ignore[arg-type]
+            tokens.append(Token(at + accepted, "x", own, float(self.p[at + accepted])))  # type: ignore[arg-type]
             n = len(made)
             stopped = None if chooser.early_stop is None or not made else n < asked
-            chooser.observe(emit(SPECULATIVE, tuple(tokens), asked, costs.round(n), costs.draft(n)), stopped)
+            chooser.observe(
+                emit(SPECULATIVE, tuple(tokens), asked, costs.round(n) * slower[n], costs.draft(n)), stopped
+            )
             at += accepted + 1
         order = sorted((*rounds[BASELINE], *rounds[SPECULATIVE]), key=lambda r: r.clock)
         settings = Settings(draft_length=length, temperature=0.8 if rule else 0, rule=rule)
@@ -121,7 +133,24 @@ def judge(source: int | str, measured: Costs | None = None) -> tuple[float, floa
 @pytest.mark.parametrize("source", ["adaptive", 2, 4])
 def test_later_races_fall_into_the_band(source: int | str) -> None:
     inside, width, error = judge(source)
-    assert inside >= 0.9 and width <= 0.2 and abs(error) < 0.03
+    assert inside >= 0.9 and width <= (0.2 if source == "adaptive" else 0.25) and abs(error) < 0.03
+
+
+def test_the_targets_probabilities_tell_what_an_adaptive_race_left_undrafted() -> None:
+    def judged(p: bool) -> tuple[float, float]:
+        """The root mean square of the errors, in the logarithm, and the median width."""
+        errors, widths = [], []
+        for seed, world in enumerate(worlds()):
+            trace = world.race("adaptive")
+            told = (replace(r, tokens=tuple(t if p else replace(t, p=None) for t in r.tokens)) for r in trace.rounds)
+            found = predict(replace(trace, rounds=tuple(told)))
+            assert found is not None
+            errors += list(np.log(np.array(found.median) / later(seed)))
+            widths += list((np.array(found.high) - found.low) / found.median)
+        return float(np.sqrt(np.mean(np.square(errors)))), float(np.median(widths))
+
+    (error, width), (blind_error, blind_width) = judged(True), judged(False)
+    assert error < 0.98 * blind_error and width < 0.98 * blind_width
 
 
 def test_wrong_costs_of_a_busy_machine_widen_the_band_where_nothing_was_observed() -> None:
