@@ -91,6 +91,11 @@ class RollbackLayer(CacheLayerMixin):
         width = self.cache.width(count)
         return self.keys[:, :, :width], self.values[:, :, :width]
 
+    def free(self) -> None:
+        """Frees the buffers."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
     def get_seq_length(self) -> int:
         return self.cache.length
 
@@ -157,6 +162,25 @@ class RollbackCache(Cache):
                 layer.keys[rows, :, : cache.length] = part.keys[:, :, : cache.length]
                 layer.values[rows, :, : cache.length] = part.values[:, :, : cache.length]
         return joined
+
+    def select(self, rows: Tensor, length: int) -> RollbackCache:
+        """A cache with some of the rows, int64 `[kept]`, in new buffers. This one is freed, layer by layer, so that
+        there is never more than one layer twice.
+
+        Args:
+            length: of the longest of them, or an upper bound.
+        """
+        chosen: RollbackCache = object.__new__(RollbackCache)
+        with torch.inference_mode(False):
+            lengths = self.lengths[rows]
+        chosen._begin([layer.is_sliding for layer in self.layers], self.capacity, lengths, length)
+        for layer, old in zip(chosen.layers, self.layers, strict=True):
+            if old.is_initialized:  # otherwise it uses the keys and values of another layer
+                at = rows.to(old.keys.device)
+                layer.keys, layer.values = old.keys[at], old.values[at]
+                layer.dtype, layer.device, layer.is_initialized = old.dtype, old.device, True
+                old.free()
+        return chosen
 
     def copy(self) -> RollbackCache:
         """A cache with the same capacity and content, see `join`."""
@@ -251,8 +275,7 @@ class RollbackCache(Cache):
         """Frees the buffers."""
         self.reset()
         for layer in self.layers:
-            layer.keys = layer.values = None
-            layer.is_initialized = False
+            layer.free()
 
 
 def _write(buffer: Tensor, positions: Tensor, states: Tensor) -> None:

@@ -47,18 +47,48 @@ class HostRound(NamedTuple):
     kl: float | None
 
 
+    def told(self, count: int) -> HostRound:
+        """The round without the tokens after the first `count` drafted ones, unless they were accepted: in a batch, a
+        row whose drafter gave fewer tokens than another's is filled up."""
+        kept = max(count, self.accepted)
+        if kept >= len(self.ids):
+            return self
+        return self._replace(ids=self.ids[:kept], residual=self.residual if self.accepted < kept else None)
+
+
 def to_host(outcome: Outcome) -> HostRound:
-    """Everything the host needs of a round, in one copy.
+    """Everything the host needs of a round of one row, in one copy.
 
     Raises:
         UserError: the logits are NaN, +inf, or −inf throughout.
     """
-    n = outcome.draft.ids.shape[1]
+    return _host_round(_copied(outcome), outcome.draft.ids.shape[1])
+
+
+def rows_to_host(outcome: Outcome) -> list[HostRound]:
+    """Everything the host needs of a round of several rows, in one copy; raises as `to_host`."""
+    rows, n = outcome.draft.ids.shape
+    host = _copied(outcome)
+
+    def part(values: list[float], row: int) -> list[float]:
+        size = len(values) // rows
+        return values[row * size : (row + 1) * size]
+
+    return [_host_round({name: part(values, row) for name, values in host.items()}, n) for row in range(rows)]
+
+
+def _copied(outcome: Outcome) -> dict[str, list[float]]:
+    """The numbers of all rows, one row after another."""
     host = (outcome.parts or gathered(outcome)).copy()
     if any(value != value for value in host["target values"][::TOP]):  # a row of p is NaN throughout, or not at all
         raise UserError(
             "The target produced logits that are not finite numbers; try another dtype or check its weights."
         )
+    return host
+
+
+def _host_round(host: dict[str, list[float]], n: int) -> HostRound:
+    """What was copied of one row, with `n` drafted tokens."""
     accepted = int(host["accepted"][0])
     compared = host.get("compared", [])
     corrected = "mass" in host and accepted < n
@@ -83,17 +113,17 @@ def _comparison(value: float, bound: float) -> Comparison | None:
 
 
 def gathered(outcome: Outcome) -> Parts:
-    """What `to_host` copies, still on the device. Reads nothing on the host."""
-    draft, verdict, p = outcome.draft, outcome.verdict, outcome.p[0]
+    """What `to_host` copies, still on the device, one row after another. Reads nothing on the host."""
+    draft, verdict, p = outcome.draft, outcome.verdict, outcome.p
     n = draft.ids.shape[1]
     parts = Parts()
     parts.add("accepted", verdict.accepted)
     parts.add("own", verdict.token)
     parts.add("ids", draft.ids)
     if n:
-        parts.add("p", p[:n].gather(-1, draft.ids[0][:, None]))
+        parts.add("p", p[:, :n].gather(-1, draft.ids[..., None]))
         parts.add("compared", verdict.compared)
-    parts.add("own p", p.reshape(-1).gather(0, verdict.accepted * p.shape[-1] + verdict.token))
+    parts.add("own p", p.flatten(1).gather(1, (verdict.accepted * p.shape[-1] + verdict.token)[:, None]))
     parts.add_top("target", likeliest(p, TOP))
     if n and draft.confidence is not None:
         parts.add("q", draft.confidence)

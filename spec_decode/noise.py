@@ -8,6 +8,7 @@ hash: every round has noise of its own. `decode` has the argument for both.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,9 +22,9 @@ from .noise_hash import MASK, MIX_FACTORS, MIX_SHIFTS, POSITION_FACTOR, START_FA
 TARGET, DRAFT, ACCEPT, RESIDUAL = 0, 1, 2, 3
 STREAMS = 4
 
-Seed = (
-    int | Tensor
-)  # a number, or its words on a device (`seed_words`), which a recorded graph reads anew in every race
+# A number, or its words on a device (`seed_words`), which a recorded graph reads anew in every race; or the words of a
+# seed for every row (`row_seed_words`).
+Seed = int | Tensor
 
 
 def seed_words(seed: int) -> Tensor:
@@ -31,12 +32,17 @@ def seed_words(seed: int) -> Tensor:
     return torch.tensor([[signed(word) for word in words(seed, stream)] for stream in range(STREAMS)]).to(torch.int32)
 
 
+def row_seed_words(seeds: Sequence[int]) -> Tensor:
+    """The words of a seed for every row, int32 `[STREAMS, 2, rows]`, on the CPU."""
+    return torch.stack([seed_words(seed) for seed in seeds], -1)
+
+
 @dataclass(frozen=True)
 class RoundNoise:
     """The noise of one round, made when it is asked for.
 
     Args:
-        seed: of the settings.
+        seed: of the settings, or of every row.
         starts: int64 `[rows]`, on the device the noise is wanted on: position of the first token that the round may
             emit in each row.
         count: positions from there on, γ + 1.
@@ -74,6 +80,7 @@ def exponential(
     """Independent Exp(1) noise, a function of (seed, position, token, stream) alone, and of `start` where it is given.
 
     Args:
+        seed: of all positions, or of every row: then the first dimension of `positions` is rows.
         positions: integer `[...]`, absolute positions in the sequence, on the device the noise is wanted on.
         start: integer, broadcastable to `positions`: where the round starts, for noise that no other round meets.
 
@@ -91,9 +98,14 @@ def uniform(seed: Seed, positions: Tensor, stream: int = ACCEPT, start: Tensor |
 
 
 def position_keys(seed: Seed, positions: np.ndarray, stream: int, start: np.ndarray | None = None) -> np.ndarray:
-    """The keys `[k, 2]` as uint32, which kernels make noise from; arguments as in `exponential`."""
-    low, high = (word & MASK for word in seed[stream].tolist()) if isinstance(seed, Tensor) else words(seed, stream)
-    return kernels.keys(low, high, positions, start)
+    """The keys `[k, 2]` as uint32, which kernels make noise from; arguments as in `exponential`, of one dimension. With
+    a seed for every row, the first k / rows positions are of the first row, and so on."""
+    if not isinstance(seed, Tensor):
+        return kernels.keys(*words(seed, stream), positions, start)
+    rows = [[word & MASK for word in pair] for pair in seed[stream].view(2, -1).T.tolist()]
+    parts = np.split(positions, len(rows))
+    starts = [None] * len(rows) if start is None else np.split(start, len(rows))
+    return np.concatenate([kernels.keys(*row, *part) for row, *part in zip(rows, parts, starts, strict=True)])
 
 
 def _exponential_at(seed: Seed, positions: Tensor, tokens: Tensor, stream: int, start: Tensor | None) -> Tensor:
@@ -120,12 +132,17 @@ def _keys(seed: Seed, position: Tensor, stream: int, start: Tensor | None) -> tu
     """`noise_hash.position_keys` for int32 tensors, which wrap as unsigned integers do."""
     first: Tensor | int
     second: Tensor | int
-    low, high = seed[stream] if isinstance(seed, Tensor) else (signed(word) for word in words(seed, stream))
+    low, high = (signed(word) for word in words(seed, stream)) if isinstance(seed, int) else _along(seed[stream], position)
     first, second = low, high
     if start is not None:
         first = _mix(start * signed(START_FACTORS[0]) ^ low)
         second = _mix(start * signed(START_FACTORS[1]) ^ high)
     return _mix(position * signed(POSITION_FACTOR) ^ first), _mix(position ^ second)
+
+
+def _along(words: Tensor, position: Tensor) -> Iterator[Tensor]:
+    """Both words of a seed, or of the seed of every row, so that they broadcast with positions `[rows, …]`."""
+    return (word.view(-1, *[1] * (position.dim() - 1)) for word in words)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ class State:
     cache: keys and values of all of them but the last, between rounds.
     hidden: the target's last hidden state at the position that predicted the last token, `[rows, H]`; None where no
         drafter asks for it.
-    seed: words of the seed on the device (`noise.seed_words`), where recorded rounds read them; None where rounds take
-        it from the settings.
+    seed: words of the seed on the device (`noise.seed_words`), where recorded rounds read them, or of every row's own
+        (`noise.row_seed_words`); None where rounds take it from the settings.
     """
 
     tokens: Tensor
@@ -47,7 +47,8 @@ class State:
 
     @classmethod
     def join(cls, states: Sequence[State]) -> State:
-        """The rows of several states in one, in new tensors. All have hidden states, or none has."""
+        """The rows of several states in one, in new tensors. All have hidden states, or none has; of their seeds, which
+        are not those of rows, it knows nothing."""
         width = max(state.tokens.shape[1] for state in states)
         padded = [torch.nn.functional.pad(state.tokens, (0, width - state.tokens.shape[1])) for state in states]
         hidden = [state.hidden for state in states if state.hidden is not None]
@@ -57,6 +58,22 @@ class State:
             max(state.length for state in states),
             RollbackCache.join([state.cache for state in states]),
             torch.cat(hidden) if hidden else None,
+        )
+
+    def select(self, rows: Sequence[int], length: int) -> State:
+        """Some of the rows, in this order, in new tensors; the cache of this state is freed.
+
+        Args:
+            length: of the longest of them.
+        """
+        index = torch.tensor(rows, device=self.tokens.device)
+        return State(
+            self.tokens[index],
+            self.lengths[index],
+            length,
+            self.cache.select(index, length - 1),
+            None if self.hidden is None else self.hidden[index],
+            None if self.seed is None else self.seed[..., index],
         )
 
     @property

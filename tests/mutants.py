@@ -518,8 +518,8 @@ MUTANTS = [
     Mutant(
         "p of a draft from the row after it",
         "narrate.py",
-        "p[:n].gather",
-        "p[-n:].gather",
+        "p[:, :n].gather",
+        "p[:, -n:].gather",
         TELLS,
     ),
     Mutant(

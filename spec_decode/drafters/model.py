@@ -65,9 +65,13 @@ class ModelDrafter(Drafter):
         for _ in self.reading:
             pass  # where nobody has read the prompt
         # Of a draft that was accepted whole, the last token was never fed.
-        self.cache.keep(state.lengths.to(self.model.device) - 2)
-        self.cache.settle(state.length - 2, through=state.length + length)
-        places = state.lengths[:, None] - 2 + torch.arange(2, device=state.lengths.device)
+        return self.draft_after(state, 2, length)
+
+    def draft_after(self, state: State, unread: int, length: int) -> Draft:
+        """A draft of every row, of which the cache holds at least all but the last `unread` tokens."""
+        self.cache.keep(state.lengths.to(self.model.device) - unread)
+        self.cache.settle(state.length - unread, through=state.length + length)
+        places = state.lengths[:, None] - unread + torch.arange(unread, device=state.lengths.device)
         return self._draft(state, state.tokens.gather(1, places), length, None)
 
     @torch.inference_mode()
