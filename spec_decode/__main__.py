@@ -84,6 +84,9 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Source, Request]:
 def _bench(arguments: argparse.Namespace) -> None:
     settings, choice = _settings(arguments), flags.read(arguments)
     _check_writable(arguments.json)
+    if arguments.batch_size:
+        _bench_batches(arguments, settings, choice)
+        return
     from .bench.method import bench, prompt_ids, read_prompts, summarize, table
     from .bench.peers import Peers, parse
     from .loading.pair import load_pair
@@ -104,6 +107,28 @@ def _bench(arguments: argparse.Namespace) -> None:
         text = json.dumps(
             {**report, "peers": others, "summary": summary, "prompts": rows}, indent=1, ensure_ascii=False
         )
+        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+
+
+def _bench_batches(arguments: argparse.Namespace, settings: Settings, choice: dict[str, Any]) -> None:
+    """`bench --batch-size`: both lanes over batches of several prompts."""
+    from .batch import check_length
+    from .bench.batch import filling, measure, sizes_of, table
+    from .bench.method import read_prompts
+
+    if arguments.peers:
+        raise UserError("Peers decode one prompt at a time; leave out --peers or --batch-size.")
+    check_length(settings)
+    sizes = sizes_of(arguments.batch_size)
+    prompts = filling(read_prompts(arguments.prompts), sizes)
+    from .loading.pair import load_pair
+
+    pair = load_pair(**choice, progress=_progress)
+    report = measure(pair, prompts, settings, sizes, say=_progress)
+    print(table(report, settings.same_text))
+    if arguments.json:
+        about = {"pair": pair.info, "machine": pair.machine, "settings": settings.to_dict()}
+        text = json.dumps({**about, "batches": report}, indent=1, ensure_ascii=False)
         Path(arguments.json).write_text(text + "\n", encoding="utf-8")
 
 
@@ -309,6 +334,9 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="a file of prompts through both lanes and other engines")
     bench.add_argument("--prompts", required=True, metavar="FILE", help='JSON Lines of {"id", "category", "prompt"}')
     bench.add_argument("--peers", default="", metavar="LIST", help="comma-separated: transformers, llama.cpp, openvino")
+    bench.add_argument(
+        "--batch-size", metavar="N", help="several prompts at once instead, such as 1,2,4,8; needs --draft-length N"
+    )
     bench.add_argument("--json", metavar="OUT", help="write the report as JSON")
     bench.set_defaults(run=_bench)
     listing = commands.add_parser("models", help="the pairs known by name, and which of them fit")

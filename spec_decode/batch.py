@@ -12,12 +12,12 @@ different seeds share no noise: two rows with the same prompt draw two independe
 equal length would draw with the same noise, each of them from the target's distribution, and all of them the same way.
 
 Why every row follows the target's distribution under the rules that draw independently (rejection, block), though rows
-share a draft length, and fillers stand in the place of drafts that a row lacks (`drafters.rows`). In `decode`'s argument
-the draft length and the drafted token may depend on everything before the round but not on the round's own noise. Here
-"before" means the past rounds of all rows. The noise of row i's round depends on its seed and on where the round starts,
-and no other row has that seed; so given everything before, of all rows, it is fresh. What others do in the same round
-takes noise of their own. A text is cut after a token that ends it or at `max_new_tokens`: both depend on the text
-alone, as they do for a single prompt.
+share a draft length, and fillers stand in the place of drafts that a row lacks (`drafters.rows`). In the argument of
+`decode`, draft length and drafted token may depend on everything before the round, and not on the round's own noise.
+Here "before" means the past rounds of all rows. The noise of a row's round is keyed by the row's seed and by where the
+round starts. No other row has that seed, so given everything before, of all rows, it is fresh; what the others do in
+the same round takes noise of their own. A text is cut after a token that ends it or at `max_new_tokens`. Both depend on
+the text alone, as they do for a single prompt.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from .text import TextStream
 class BatchRound:
     """One round of all rows that were still at work.
 
-    rounds: by the row's number, 0 for the first prompt. The first round of each holds its prefill; `seconds` and `clock`
-        are those of the whole batch.
+    rounds: by the row's number, 0 for the first prompt. Their seconds and clocks are those of the batch, and the first
+        counts the reading of all prompts.
     seconds: of this round. clock: of the batch so far.
     """
 
@@ -100,12 +100,23 @@ def speculative(target: Target, drafter: Drafter, settings: Settings) -> Lane:
     Raises:
         UserError: the draft length in `settings` is not a number.
     """
+    length = check_length(settings)
+    return Lane(SPECULATIVE, target, drafter, Fixed(length), settings.deciding, settings)
+
+
+def check_length(settings: Settings) -> int:
+    """The draft length of all rows.
+
+    Raises:
+        UserError: it is not a number. `adaptive` weighs costs that were measured on single prompts, and `rate` looks at
+            the acceptance of one text.
+    """
     if not isinstance(settings.draft_length, int):
         raise UserError(
-            f"A batch has one draft length for all rows; choose a number from 1 to {MAX_DRAFT_LENGTH} instead of "
-            f"{settings.draft_length}, whose costs are measured on single prompts."
+            "A batch has one draft length for all rows and its costs are not those of single prompts; choose a number "
+            f"from 1 to {MAX_DRAFT_LENGTH} (--draft-length) instead of {settings.draft_length}."
         )
-    return Lane(SPECULATIVE, target, drafter, Fixed(settings.draft_length), settings.deciding, settings)
+    return settings.draft_length
 
 
 def read(target: Target, prompts: Sequence[list[int]], settings: Settings, hidden: bool) -> list[Prefill]:

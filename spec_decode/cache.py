@@ -210,11 +210,11 @@ class RollbackCache(Cache):
         return keys[:, :, :width], values[:, :, :width]
 
     def buffers(self, heads: int, size: int, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The whole buffers of keys and values of every layer, `[1, heads, capacity, size]` each, for a caller that
-        writes to them directly, at `length`."""
+        """The whole buffers of keys and values of every layer, `[rows, heads, capacity, size]` each, for a caller that
+        writes to them directly, at `lengths`."""
         for layer in self.layers:
             if not layer.is_initialized:
-                none = like.new_empty(1, heads, 0, size)
+                none = like.new_empty(len(self.lengths), heads, 0, size)
                 layer.lazy_initialization(none, none)
         return [layer.keys for layer in self.layers], [layer.values for layer in self.layers]
 

@@ -46,7 +46,6 @@ class HostRound(NamedTuple):
     refused: int | None
     kl: float | None
 
-
     def told(self, count: int) -> HostRound:
         """The round without the tokens after the first `count` drafted ones, unless they were accepted: in a batch, a
         row whose drafter gave fewer tokens than another's is filled up."""

@@ -132,7 +132,10 @@ def _keys(seed: Seed, position: Tensor, stream: int, start: Tensor | None) -> tu
     """`noise_hash.position_keys` for int32 tensors, which wrap as unsigned integers do."""
     first: Tensor | int
     second: Tensor | int
-    low, high = (signed(word) for word in words(seed, stream)) if isinstance(seed, int) else _along(seed[stream], position)
+    if isinstance(seed, Tensor):
+        low, high = _along(seed[stream], position)
+    else:
+        low, high = (signed(word) for word in words(seed, stream))
     first, second = low, high
     if start is not None:
         first = _mix(start * signed(START_FACTORS[0]) ^ low)

@@ -76,6 +76,13 @@ class State:
             None if self.seed is None else self.seed[..., index],
         )
 
+    def row(self, row: int) -> State:
+        """One row, in place, with the cache of all. Reads its length on the host."""
+        at, length = slice(row, row + 1), int(self.lengths[row])
+        hidden = None if self.hidden is None else self.hidden[at]
+        seed = None if self.seed is None else self.seed[..., at]
+        return State(self.tokens[at], self.lengths[at], length, self.cache, hidden, seed)
+
     @property
     def last(self) -> Tensor:
         """The last token of each row, int64 `[rows, 1]`, which the target has not read yet."""

@@ -78,25 +78,25 @@ class FusedAssistant:
         )
         self.scratch = _scratch(self.weights, MAX_DRAFT_LENGTH)
         self.held: RollbackCache | None = None
-        self.buffers: list[tuple[np.ndarray, ...]] = []  # keys and values that each layer reads, in place
+        self.buffers: list[tuple[np.ndarray, ...]] = []  # keys and values of all rows that each layer reads, in place
         self.target: tuple[TargetLayer, ...] = ()
 
-    def begin(self, cache: RollbackCache, sources: dict[str, int], window: int) -> None:
-        """Takes the target's cache, as far as it is filled.
+    def begin(self, cache: RollbackCache, sources: dict[str, int], window: int, row: int = 0) -> None:
+        """Takes a row of the target's cache, as far as it is filled.
 
         Args:
             sources: the target layer that each kind of attention reads.
             window: positions before the last one that sliding attention reads.
         """
-        length = cache.length
+        length = cache.length if len(cache.lengths) == 1 else int(cache.lengths[row])
         if self.held is not cache:
             self.held = cache
             layers = [cache.layers[sources[kind]] for kind in self.kinds]
-            self.buffers = [tuple(x[0].detach().numpy() for x in (layer.keys, layer.values)) for layer in layers]
+            self.buffers = [tuple(x.detach().numpy() for x in (layer.keys, layer.values)) for layer in layers]
         self.target = tuple(
             TargetLayer(
-                keys,
-                values,
+                keys[row],
+                values[row],
                 max(length - 1 - window, 0) if kind == "sliding_attention" else 0,
                 length,
                 *self._rope(kind, length),

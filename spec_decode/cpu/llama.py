@@ -63,7 +63,7 @@ def _forward(
     output_hidden_states: bool = False,
     **kwargs: Any,
 ) -> CausalLMOutputWithPast:
-    """The model's forward in fewer Python calls: logits `[1, logits_to_keep, V]`, all rows for 0."""
+    """The model's forward in fewer Python calls: logits `[sequences, logits_to_keep, V]`, of all tokens for 0."""
     hidden, logits, cache = decoder.run(input_ids, kwargs.get(ARGUMENT), head, logits_to_keep or input_ids.shape[1])
     states = (hidden,) if output_hidden_states else None
     return CausalLMOutputWithPast(logits=logits, hidden_states=states, **{ARGUMENT: cache})
@@ -144,39 +144,49 @@ class Int8Llama(nn.Module):
         """A pass over tokens that follow those in the cache.
 
         Args:
-            input_ids: int64 `[1, rows]`.
-            cache: a new one if None.
+            input_ids: int64 `[sequences, count]`.
+            cache: a new one for one sequence if None.
             head: the output head, if logits are wanted.
-            keep: rows whose logits are wanted, the last ones.
+            keep: tokens of each sequence whose logits are wanted, the last ones.
 
         Returns:
-            Hidden states after the last norm `[1, rows, width]`, logits `[1, keep, V]`, and the cache.
+            Hidden states after the last norm `[sequences, count, width]`, logits `[sequences, keep, V]`, and the cache.
 
         Raises:
             ValueError: the cache has no room for the tokens.
         """
-        cache = cache or RollbackCache(self.config, input_ids.shape[1])
-        x = self.embed_tokens(input_ids)[0]
-        start, end = cache.length, cache.length + len(x)
+        sequences, count = input_ids.shape
+        cache = cache or RollbackCache(self.config, count)
+        x = self.embed_tokens(input_ids).flatten(0, 1)
+        end = cache.length + count
         if end > cache.capacity:  # the kernel would write beyond its buffers
             raise ValueError(f"the cache has room for {cache.capacity} positions, and the pass ends at {end}")
         if len(self.rope.cos) < end:
             self.rope = kernels.rope_table(self.frequencies, bucket(end), self.rope_scaling)
         keys, values = cache.buffers(self.shape.kv_heads, self.shape.head_size, x)
+        at: slice | np.ndarray = slice(cache.length, end)
+        positions, wanted = np.arange(cache.length, end), keep
+        if sequences > 1:  # the last tokens of several do not stand together, so logits are of all
+            positions, wanted = cache.positions(count).flatten().numpy(), count
+            at = positions
         rows = LlamaPass(
             hidden=array(x),
-            start=start,
-            rope=Rope(self.rope.cos[start:end], self.rope.sin[start:end]),
+            sequences=np.repeat(np.arange(sequences), count),
+            positions=positions,
+            end=end,
+            rope=Rope(self.rope.cos[at], self.rope.sin[at]),
             head=self.no_head if head is None else head.weights.single,
-            logits=np.empty((keep, head.out_features if head else 0), np.float32),
+            logits=np.empty((sequences * wanted, head.out_features if head else 0), np.float32),
         )
         buffers = LlamaCache(
             keys=np.array([layer.data_ptr() for layer in keys]),
             values=np.array([layer.data_ptr() for layer in values]),
+            sequences=sequences,
             capacity=cache.capacity,
         )
-        kernels.llama(self.weights, self.shape, buffers, rows, self._scratch(len(x), keep))
-        return x[None], torch.from_numpy(rows.logits)[None], cache
+        kernels.llama(self.weights, self.shape, buffers, rows, self._scratch(len(x), len(rows.logits)))
+        logits = torch.from_numpy(rows.logits).view(sequences, wanted, -1)
+        return x.view(sequences, count, -1), logits[:, wanted - keep :], cache
 
     def _scratch(self, rows: int, keep: int) -> LlamaScratch:
         """Room for a pass. Quantized rows end in zeros, where the weights are padded."""
@@ -251,7 +261,11 @@ def _rowwise_attention(
 ) -> tuple[Tensor, None]:
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _attend(query, key, value, attention_mask, scaling)[None], None
+    if len(query) == 1:
+        return _attend(query, key, value, attention_mask, scaling)[None], None
+    masks = [None] * len(query) if attention_mask is None else attention_mask.expand(len(query), -1, -1, -1).split(1)
+    parts = zip(query.split(1), key.split(1), value.split(1), masks, strict=True)  # one sequence after another
+    return torch.stack([_attend(q, k, v, mask, scaling) for q, k, v, mask in parts]), None
 
 
 def _additive_mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -24,6 +24,20 @@ def joined(drawn: Sequence[Drawn], device: torch.device | None, drafter: str) ->
     return Draft(ids, q, confidence, drafter=drafter, top=top)
 
 
+def as_rows(drafts: Sequence[Draft]) -> Draft:
+    """Drafts of one row and of equal length as the rows of one."""
+
+    def rows(parts: Iterable[Tensor | None]) -> Tensor | None:
+        given = [part for part in parts if part is not None]
+        return torch.cat(given) if given else None
+
+    first, ids = drafts[0], torch.cat([draft.ids for draft in drafts])
+    tops = [draft.top for draft in drafts if draft.top is not None]
+    top = (torch.cat([top[0] for top in tops]), torch.cat([top[1] for top in tops])) if tops else None
+    q, confidence = rows(draft.q for draft in drafts), rows(draft.confidence for draft in drafts)
+    return Draft(ids, q, confidence, drafter=first.drafter, top=top)
+
+
 def go_on(drawn: Sequence[Drawn], stop: EarlyStop | None) -> bool:
     """What `stop` says of tokens from `sampling.draw`, which must be on the CPU."""
     return stop is None or stop.go_on([float(token.confidence) for token in drawn])

@@ -27,7 +27,7 @@ from ..settings import Settings
 from ..state import State
 from ..target import Target
 from . import Draft, Drafter, early
-from .drawn import go_on, joined
+from .drawn import as_rows, go_on, joined
 
 if TYPE_CHECKING:
     from ..loading.drafter import LoadContext
@@ -84,14 +84,21 @@ class MTPDrafter(Drafter):
     def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft | None:
         if self.device.type != "cpu":
             return None  # asking for a confidence would wait for the device
-        if self.fused:
-            self.fused.begin(state.cache, self.sources, self.config.sliding_window)
-            if self.ordering is not None and not self.settings.draws_q:
-                return self._at_once(state, length, stop)
-        return early(self._draft(state, length, stop), stop, length)
+        made = self._draft_row(state, 0, length, stop) if self.fused else self._draft(state, length, stop)
+        return early(made, stop, length)
 
     def draft(self, state: State, length: int) -> Draft:
-        return self._draft(state, length, None)
+        if self.fused is None:
+            return self._draft(state, length, None)
+        return as_rows([self._draft_row(state.row(row), row, length, None) for row in range(len(state.lengths))])
+
+    def _draft_row(self, state: State, row: int, length: int, stop: EarlyStop | None) -> Draft:
+        """The draft of one row in 8 bits. `state` is the row's, with the cache of all."""
+        assert self.fused is not None
+        self.fused.begin(state.cache, self.sources, self.config.sliding_window, row)
+        if self.ordering is not None and not self.settings.draws_q:
+            return self._at_once(state, length, stop)
+        return self._draft(state, length, stop)
 
     @torch.inference_mode()
     def _draft(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
@@ -174,11 +181,11 @@ class MTPDrafter(Drafter):
         assert self.fused is not None and state.hidden is not None
         keys = np.zeros((length, 2), np.uint32)
         if self.settings.temperature > 0:
-            keys = position_keys(self.settings.seed, state.length + np.arange(length), TARGET)
+            seed = self.settings.seed if state.seed is None else state.seed
+            keys = position_keys(seed, state.length + np.arange(length), TARGET)
         made = self.fused.draft(int(state.last), state.hidden, length, stop, self.settings.temperature, keys)
         ids, confidence, top_ids, top_p = (torch.from_numpy(x)[None] for x in made)
-        top = top_ids.clamp_min(0), top_p
-        return early(Draft(ids, None, confidence, drafter=self.name, top=top), stop, length)
+        return Draft(ids, None, confidence, drafter=self.name, top=(top_ids.clamp_min(0), top_p))
 
 
 def _sources(model: PreTrainedModel, target: Target) -> dict[str, int]:

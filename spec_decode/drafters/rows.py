@@ -196,10 +196,11 @@ class EitherRows(RowsDrafter):
             ids = _filled(given, state.tokens.device)
             return RowsDraft(Draft(ids), [len(ids) for ids in given], [row.lookup.name for row in self.rows])
         made = self.other.draft(state, length)
+        taken = list(zip(self.rows, found, made.counts, made.names, strict=True))
         return RowsDraft(
             self._merged(found, made.draft),
-            [count if ids is None else len(ids) for ids, count in zip(found, made.counts, strict=True)],
-            [name if ids is None else row.lookup.name for row, ids, name in zip(self.rows, found, made.names, strict=True)],
+            [count if ids is None else len(ids) for _, ids, count, _ in taken],
+            [name if ids is None else row.lookup.name for row, ids, _, name in taken],
         )
 
     def _merged(self, found: list[list[int] | None], made: Draft) -> Draft:

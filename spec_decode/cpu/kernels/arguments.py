@@ -63,25 +63,31 @@ class LlamaWeights(NamedTuple):
 
 
 class LlamaCache(NamedTuple):
-    """Addresses, int64 `[layers]` each, of every layer's keys and values, float32 `[kv heads, capacity, head size]`."""
+    """Addresses, int64 `[layers]` each, of every layer's keys and values, float32 `[sequences, kv heads, capacity, head
+    size]`."""
 
     keys: np.ndarray
     values: np.ndarray
+    sequences: int
     capacity: int
 
 
 class LlamaPass(NamedTuple):
-    """The rows of one pass.
+    """The rows of one pass: tokens of one sequence or of several.
 
     hidden: float32 `[rows, width]`; embeddings at first, at the end what follows the last norm.
-    start: position of the first row.
+    sequences: int64 `[rows]`, which one each row belongs to.
+    positions: int64 `[rows]`, of each row in its sequence.
+    end: above all positions.
     rope: of the rows' positions.
     head: the output head, with no rows where logits are not wanted.
     logits: float32 `[kept rows, outputs of head]`, to be filled: those of the last rows.
     """
 
     hidden: np.ndarray
-    start: int
+    sequences: np.ndarray
+    positions: np.ndarray
+    end: int
     rope: Rope
     head: Matrix
     logits: np.ndarray

@@ -126,14 +126,14 @@ def _llama(
     """A pass: `rows.hidden` in place, keys and values of the new positions in the cache, and the logits of the last
     rows. Returns the number of phases."""
     heads, kv_heads, size = shape.heads, shape.kv_heads, shape.head_size
-    x, start = rows.hidden, rows.start
+    x, sequences, positions = rows.hidden, rows.sequences, rows.positions
     count = x.shape[0]
     gated_width = scratch.gated.shape[1]
     group = heads // kv_heads
     normed, query, attended = scratch.normed, scratch.query, scratch.attended
-    buffer = (kv_heads, cache.capacity, size)
+    buffer = (cache.sequences, kv_heads, cache.capacity, size)
     sums = partial_sums()
-    attention = np.empty(attention_weights(0, start + count), np.float32)
+    attention = np.empty(attention_weights(0, rows.end), np.float32)
     # The products of a chunk stay in the thread's own memory, which is in its core's cache.
     one_head, row = np.empty((count, size), np.float32), np.empty(x.shape[1], np.float32)
     left, right = np.empty((count, CHUNK), np.float32), np.empty((count, CHUNK), np.float32)
@@ -151,9 +151,10 @@ def _llama(
             products(w, normed, begin, end, one_head, sums)
             for r in range(count):
                 if head >= heads + kv_heads:
-                    values[head - heads - kv_heads, start + r, :] = one_head[r]
+                    values[sequences[r], head - heads - kv_heads, positions[r], :] = one_head[r]
                 elif head >= heads:
-                    rotate(one_head[r], rows.rope.cos[r], rows.rope.sin[r], keys[head - heads, start + r])
+                    place = keys[sequences[r], head - heads, positions[r]]
+                    rotate(one_head[r], rows.rope.cos[r], rows.rope.sin[r], place)
                 else:
                     rotate(one_head[r], rows.rope.cos[r], rows.rope.sin[r], query[r, begin:end])
             head = finish_chunk(tickets, phase, heads + 2 * kv_heads)
@@ -163,8 +164,8 @@ def _llama(
         while c >= 0:
             r, head = c // heads, c % heads
             at = slice(head * size, head * size + size)
-            k, v = keys[head // group], values[head // group]
-            attend(query[r, at], k, v, 0, start + r + 1, shape.attention_scaling, attention, attended[r, at])
+            k, v = keys[sequences[r], head // group], values[sequences[r], head // group]
+            attend(query[r, at], k, v, 0, positions[r] + 1, shape.attention_scaling, attention, attended[r, at])
             c = finish_chunk(tickets, phase, count * heads)
         phase += 1
         _quantize_rows(tickets, phase, attended, scratch.quantized_attended)
