@@ -122,7 +122,7 @@ def test_rows_end_where_their_texts_do() -> None:
     never = copy(target)
     never.eos = frozenset()
     settings = settings_of("coupled", max_new_tokens=16)
-    seeds = batch.row_seeds(11, len(PROMPTS))
+    seeds = batch.row_seeds(3, len(PROMPTS))
     whole = [alone(never, None, p, replace(settings, seed=seed)) for p, seed in zip(PROMPTS, seeds, strict=True)]
     ends = [text.index(EOS) + 1 if EOS in text else None for text in whole]
     assert any(end is not None and 1 < end < 16 for end in ends) and None in ends, "seeds that show both"
@@ -257,7 +257,8 @@ def test_rows_have_seeds_of_their_own() -> None:
 
 VOCABULARY = 6
 TRIALS = 2000  # of each prompt
-TWO = ([1, 2, 3, 4, 5, 1, 3], [5, 0, 2])
+# After the first, whatever comes, most often three tokens have occurred before: prompt lookup drafts then.
+TWO = ([2, 3, 0, 2, 3, 1, 2, 3, 4, 2, 3, 5, 2, 3], [5, 0, 2])
 
 
 @cache

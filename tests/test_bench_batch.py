@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_rounds
 import tiny
 
 from spec_decode import batch
 from spec_decode.__main__ import main
 from spec_decode.bench.batch import conclusion, crossing, filling, measure, sizes_of, table
-from spec_decode.drafters.lookup import LookupDrafter
 from spec_decode.errors import OutOfMemory, PromptError, UserError
 from spec_decode.loading import pair as models
 from spec_decode.settings import Settings
-from spec_decode.target import Target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +26,7 @@ SETTINGS = Settings(draft_length=3, max_new_tokens=8, rule="coupled", temperatur
 
 @pytest.fixture(scope="module")
 def pair() -> Any:
-    return tiny.PairOf(Target(tiny.model("llama")), LookupDrafter())
+    return tiny.PairOf(*test_rounds.parts("llama", "model"))
 
 
 class Watched:
@@ -61,8 +60,6 @@ def test_every_size_decodes_the_same_prompts_in_both_lanes(pair: Any, monkeypatc
         low, high = row["speedup_interval"]
         assert low <= row["speedup"] <= high
         assert row["speedup"] == pytest.approx(fast["tokens_per_second"] / base["tokens_per_second"])
-    accepted = {row["size"]: row["speculative"]["acceptance_rate"] for row in report["sizes"]}
-    assert len(set(accepted.values())) == 1 or max(accepted.values()) - min(accepted.values()) < 0.2
     of_two = [run for run in watched.seen if len(run[1]) == 2]
     assert [lane for lane, *_ in of_two] == ["baseline", "speculative"] * 2 + ["speculative", "baseline"] + [
         "baseline",

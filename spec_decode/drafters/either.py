@@ -60,20 +60,23 @@ class EitherDrafter(Drafter):
         self.other.extend(tokens)
 
     def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft | None:
-        continuation = self.matched(length)
-        if continuation is None:
+        match = self.matched(length)
+        if match is None:
             return self.other.draft_on_host(state, length, stop)
-        size, ids = continuation
+        size, continuation = match
         confidences = [self.rate(size)]
-        while len(confidences) < len(ids) and (stop is None or stop.go_on(confidences)):
+        while len(confidences) < len(continuation) and (stop is None or stop.go_on(confidences)):
             confidences.append(self.rate("going on"))
-        return early(self.lookup.drafted(ids[: len(confidences)]), stop, len(ids))
+        made = self.lookup.drafted(continuation[: len(confidences)])
+        return early(made, stop, len(continuation))
 
     def matched(self, length: int) -> tuple[int, list[int]] | None:
         """The size of a match and up to `length` tokens that would come next; None where the other is to draft."""
-        size, ids = self.lookup.match(length)
-        self.asked = not size or self.rate(size) < self.rate("other") - FREE
-        return None if self.asked else (size, ids)
+        size, continuation = self.lookup.match(length)
+        if size and self.rate(size) >= self.rate("other") - FREE:
+            return size, continuation
+        self.asked = True
+        return None
 
     def draft(self, state: State, length: int) -> Draft:
         return self.other.draft(state, length)
