@@ -62,6 +62,8 @@ class RollbackLayer(CacheLayerMixin):
 
     def __init__(self, cache: RollbackCache, is_sliding: bool) -> None:
         super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
         self.cache = cache
         self.is_sliding = is_sliding
 

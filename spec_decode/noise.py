@@ -132,6 +132,8 @@ def _keys(seed: Seed, position: Tensor, stream: int, start: Tensor | None) -> tu
     """`noise_hash.position_keys` for int32 tensors, which wrap as unsigned integers do."""
     first: Tensor | int
     second: Tensor | int
+    low: Tensor | int
+    high: Tensor | int
     if isinstance(seed, Tensor):
         low, high = _along(seed[stream], position)
     else:
