@@ -47,14 +47,17 @@ class HostRound(NamedTuple):
     kl: float | None
 
 
-def to_host(outcome: Outcome) -> HostRound:
+def to_host(outcome: Outcome, numbers: dict[str, list[float]] | None = None) -> HostRound:
     """Everything the host needs of a round, in one copy.
+
+    Args:
+        numbers: of `gathered`, where they have been copied already (`transfer`).
 
     Raises:
         UserError: the logits are NaN, +inf, or −inf throughout.
     """
     n = outcome.draft.ids.shape[1]
-    host = (outcome.parts or gathered(outcome)).copy()
+    host = (outcome.parts or gathered(outcome)).copy() if numbers is None else numbers
     if any(value != value for value in host["target values"][::TOP]):  # a row of p is NaN throughout, or not at all
         raise UserError(
             "The target produced logits that are not finite numbers; try another dtype or check its weights."
@@ -142,11 +145,16 @@ class Parts:
         """The numbers on the host, by name. Waits for the device."""
         if self.joined is None and self.tensors[0].device.type == "cpu":  # they are there, and joining takes longer
             return {name: tensor.tolist() for name, tensor in zip(self.names, self.tensors, strict=True)}
-        values, out, at = self.join().tolist(), {}, 0
-        for name, size in self.sizes.items():
-            out[name] = values[at : at + size]
-            at += size
-        return out
+        return split(self.join().tolist(), self.sizes)
+
+
+def split(values: list[float], sizes: dict[str, int]) -> dict[str, list[float]]:
+    """The numbers of `Parts.join` by name."""
+    out, at = {}, 0
+    for name, size in sizes.items():
+        out[name] = values[at : at + size]
+        at += size
+    return out
 
 
 def _tops(host: dict[str, list[float]], name: str) -> list[tuple[Alternative, ...]]:

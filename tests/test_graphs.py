@@ -80,6 +80,7 @@ class Recording:
 def on_device(drafter: Drafter) -> Drafter:
     """The drafter as on an accelerator: it is asked for a draft on the device."""
     drafter.draft_on_host = lambda state, length, stop: None  # type: ignore[method-assign]
+    drafter.needs_text = False
     return drafter
 
 
