@@ -236,7 +236,8 @@ def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | 
                 prefill.cache.free()
         transfer = Transfer(target.device)
         if may_run_ahead and transfer.asynchronous:
-            held.callback(finish, target.device)  # a round that nobody will read works in nobody else's time
+            # A round that nobody will read must not work in the time of whoever comes next.
+            held.push(lambda kind, *_: finish(target.device) if kind in (None, GeneratorExit) else None)
         known, ended = len(prompt), False
         ahead: _Launched | None = None
         while left > 0 and not ended:

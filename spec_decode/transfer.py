@@ -52,7 +52,7 @@ class Transfer:
         at, self._sent = self._sent % IN_FLIGHT, self._sent + 1
         kept = self._buffers[at]
         if kept is None or kept.shape[0] < size:
-            kept = self._buffers[at] = torch.empty(2 * size, pin_memory=True)
+            kept = self._buffers[at] = torch.empty(2 * size, dtype=torch.float32, pin_memory=True)
         return kept[:size]
 
 
