@@ -48,17 +48,16 @@ def grouped(
     """Attention of queries `[rows, heads, k, d]` over keys and values `[rows, kv_heads, width, d]`, as transformers
     calls it; returns `[rows, k, heads, d]`.
 
-    The mask is `[rows or 1, 1, k, width]`, or what `Masks` makes: the same G times, `[rows, 1, G · k, width]`. Without
-    a mask (a prompt from its start) and with what only transformers' own function knows, that is called.
+    The mask is what `Masks` makes of a round's pass, the mask of k tokens G times, `[rows, 1, G · k, width]`, or of one
+    token `[rows, 1, 1, width]`. For a prompt, of which masks would be G times as large, and with what only
+    transformers' own function knows, that function is called.
     """
     rows, heads, count, size = query.shape
     shared = heads // key.shape[1]
-    plain = attention_mask is None or attention_mask.shape[1] != 1
-    if shared == 1 or plain or any(kwargs.get(name) is not None for name in ("softcap", "position_bias")):
+    known = all(kwargs.get(name) is None for name in ("softcap", "position_bias"))
+    packs = attention_mask is not None and attention_mask.shape[1:3] == (1, 1 if count == 1 else shared * count)
+    if shared == 1 or not (known and packs):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    assert attention_mask is not None
-    if attention_mask.shape[2] not in (1, shared * count):
-        attention_mask = attention_mask.repeat(1, 1, shared, 1)
     packed = query.reshape(rows, -1, shared * count, size)  # row g · k + i is token i of the g-th head of a group
     out = torch.nn.functional.scaled_dot_product_attention(
         packed, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
@@ -117,9 +116,7 @@ def choose(
     return taken
 
 
-def _timed(
-    target: Target, cache: Any, tokens: Tensor, room: int, clock: Callable[[], float]
-) -> tuple[Tensor, float]:
+def _timed(target: Target, cache: Any, tokens: Tensor, room: int, clock: Callable[[], float]) -> tuple[Tensor, float]:
     """Logits of the longest pass, and seconds of a pass of each of `LENGTHS`."""
     total, logits = 0.0, tokens
     for length in LENGTHS:

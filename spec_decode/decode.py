@@ -40,7 +40,7 @@ from torch import Tensor
 from . import rules
 from .cache import bucket
 from .clock import Stopwatch, finish
-from .draft_length import Controller, Fixed
+from .draft_length import RECORDED, Controller, Fixed, within
 from .drafters import Draft, Drafter, NoDrafter
 from .events import BASELINE, SPECULATIVE, Reading, Round
 from .graphs import Recorder
@@ -335,7 +335,8 @@ def _launch(lane: Lane, state: State, transfer: Transfer, length: int, passed: P
 def _length(lane: Lane, left: int) -> int:
     """γ of the next round, of a text that may get `left` more tokens. A round emits at most γ + 1, so the last ones are
     drafted no further than they may go."""
-    return min(lane.lengths.choose(), left - 1)
+    recorded = RECORDED if lane.recorder and not lane.recorder.refused else None
+    return within(lane.lengths.choose(), left - 1, recorded)
 
 
 def _length_ahead(lane: Lane, known: int, most: int, left: int) -> int | None:
@@ -349,8 +350,8 @@ def _length_ahead(lane: Lane, known: int, most: int, left: int) -> int | None:
     the host reads first. So the same operations meet the same values. Where the round under way turns out to end the
     text, what follows it is never read, and the state, which it has changed, ends with the lane.
 
-    Only a lane that has the device to itself runs ahead. In a race the surplus would stand in the queue before the other
-    lane's round and count as its time.
+    Only a lane that has the device to itself runs ahead. In a race the surplus would stand in the queue before the
+    other lane's round and count as its time.
 
     Args:
         known: tokens of prompt and output that the host has read.

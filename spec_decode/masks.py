@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .cache import LONGEST_ROUND
 from .cpu.llama import ROWWISE
 
 GROUPED = "grouped_sdpa"  # `attention.grouped`
@@ -57,9 +58,9 @@ class Masks:
 
     def __call__(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
         """`[rows, 1, k, width]` for queries at positions `[rows, k]`; a dict of them by the kind of layer where there
-        are two. With a group of G, `[rows, 1, G · k, width]`, once for all layers of a pass."""
+        are two. With a group of G, `[rows, 1, G · k, width]`, once for all layers of a round's pass."""
         masks = {kind: self._mask(positions, width, window) for kind, window in self.windows.items()}
-        if positions.shape[1] > 1:
+        if 1 < positions.shape[1] <= LONGEST_ROUND:
             for kind, group in self.groups.items():
                 masks[kind] = masks[kind].repeat(1, 1, group, 1)
         return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -83,11 +83,9 @@ class Queue:
 def queue(monkeypatch: pytest.MonkeyPatch) -> type[Queue]:
     """The device of a lane that is decoded alone."""
 
-    class Fresh(Queue):
-        log: list[int] = []
-
-    monkeypatch.setattr(decode, "Transfer", Fresh)
-    return Fresh
+    fresh = type("Fresh", (Queue,), {"log": []})
+    monkeypatch.setattr(decode, "Transfer", fresh)
+    return fresh
 
 
 def alone(
@@ -185,7 +183,9 @@ def test_an_end_that_is_read_late_discards_what_followed(
     assert [token.id for r in again for token in r.emitted] == ids
 
 
-def test_where_the_bucket_is_not_certain_the_host_reads_first(queue: type[Queue], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_bucket_is_not_certain_the_host_reads_first(
+    queue: type[Queue], monkeypatch: pytest.MonkeyPatch
+) -> None:
     target, made = pair("llama", "mtp")
     prompt = [i * i % tiny.VOCABULARY for i in range(490)]
     settings = Settings(max_new_tokens=60, draft_length=3)

@@ -49,8 +49,8 @@ class Drafter:
 
     name: as shown.
     needs_hidden: `State.hidden` is wanted.
-    needs_text: the next draft depends on what `extend` tells. Where it does not, it depends on the `State` alone, and can
-        be made before the host has read the round before.
+    needs_text: the next draft depends on what `extend` tells. Where it does not, it depends on the `State` alone, and
+        can be made before the host has read the round before.
     recordable: what `draft` reads and writes lies in the `State` and in weights alone, at addresses that stay, so that
         a graph can repeat it (`graphs`).
     """
