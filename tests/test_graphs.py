@@ -6,6 +6,7 @@ recording, so that anything that does not lie in the recorder's tensors goes wro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import test_rounds
 import tiny
 import torch
 
-from spec_decode import decode, graphs
+from spec_decode import __main__, decode, graphs
 from spec_decode.draft_length import RECORDED, Adaptive, Fixed
 from spec_decode.drafters import Draft, Drafter
 from spec_decode.drafters.lookup import LookupDrafter
@@ -354,8 +355,8 @@ def test_the_end_of_a_text_takes_no_recordings_of_its_own(length: int) -> None:
 # Notes -------------------------------------------------------------------------------------------------------------
 
 
-def raced(recording: Recording, **options: Any) -> tuple[local.Race, list[Note]]:
-    """A race of a pair with these recorders, and what was said of it."""
+def prepared(recording: Recording, **options: Any) -> local.Race:
+    """A race of a pair with these recorders."""
     target, made = pair("llama", "mtp")
     whole: Any = tiny.PairOf(target, made)
     whole.recorders = recording.recorders
@@ -369,8 +370,13 @@ def raced(recording: Recording, **options: Any) -> tuple[local.Race, list[Note]]
         return taken
 
     whole.take_notes = take_notes
-    made_race = local.Race(whole, Request("".join(map(chr, range(40, 90))), Settings(max_new_tokens=20, **options)))
-    return made_race, [step for step in made_race.steps() if isinstance(step, Note)]
+    return local.Race(whole, Request("".join(map(chr, range(40, 90))), Settings(max_new_tokens=20, **options)))
+
+
+def raced(recording: Recording, **options: Any) -> tuple[local.Race, list[Note]]:
+    """Such a race at its end, and what was said of it."""
+    made = prepared(recording, **options)
+    return made, [step for step in made.steps() if isinstance(step, Note)]
 
 
 def test_a_race_says_what_is_recorded_and_keeps_it_in_its_trace() -> None:
@@ -386,6 +392,20 @@ def test_a_race_says_that_rounds_are_not_recorded_each_time() -> None:
         made, notes = raced(recording, draft_length=3)
         assert [note.lane for note in notes if note.lasting] == [BASELINE, SPECULATIVE] and len(notes) == 2
         assert all("Rounds are not recorded: the device refuses" in note for note in made.trace.notes)
+
+
+def test_the_command_line_says_it_on_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = prepared(Recording(Refusing), draft_length=3)
+    source = SimpleNamespace(race=lambda request: made)
+    monkeypatch.setattr(__main__, "_loaded", lambda arguments: (source, made.request))
+    assert __main__.main(["race", "--prompt", "x", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["identical"] is True
+    lines = err.strip().splitlines()
+    assert [line.split(": ")[1] for line in lines] == [BASELINE, SPECULATIVE]
+    assert all("Rounds are not recorded: the device refuses" in line and line.endswith(".") for line in lines)
 
 
 def test_an_adaptive_race_chooses_among_recorded_lengths() -> None:

@@ -49,6 +49,7 @@ class _Timer:
         self.tokens = torch.arange(self.room + MAX_DRAFT_LENGTH + 1, device=target.device) % target.vocabulary
         self.cache = target.new_cache(len(self.tokens))
         self.prefix = target.prefill(self.tokens[: self.room], self.cache, drafter.needs_hidden)
+        self.drafting = False
 
     def warm_up(self) -> None:
         for length in (0, 4):
@@ -67,6 +68,7 @@ class _Timer:
         """Begins a sequence in which `draft` can be called `drafts` times."""
         text = self.tokens[: self.room].tolist()
         self.drafter.start(text, Settings(max_new_tokens=drafts), self.room + drafts)
+        self.drafting = True
         self.state = State.after(text, self.room + drafts + 1, self.cache, self.target.device)
         self.state.hidden = self.prefix.hidden
         self.next_token = cycle(text[:: max(self.room // 20, 1)])  # no n-gram repeats, so lookup finds no match
@@ -86,7 +88,8 @@ class _Timer:
         return time.perf_counter() - begun
 
     def close(self) -> None:
-        self.drafter.close()
+        if self.drafting:
+            self.drafter.close()
         self.cache.free()
 
 

@@ -239,6 +239,7 @@ def _measure(pair: Pair, say: Say, compiles: bool = False) -> None:
         choose_threads(pair.target, int8)
     if pair.plan.device.type == "cuda" and not pair.plan.target.attention:
         attention.choose(pair.target)
+        check_rollback(pair.target, pair.info["target"], pair.plan.target)  # with the masks of the one that was chosen
     if compiles:
         if int8:
             raise ModelError("int8 on the CPU runs in compiled kernels of its own; leave --compile out.")
