@@ -283,7 +283,7 @@ def test_the_rounds_of_the_defaults_are_recorded_and_timed_at_load(drafter: str)
     keys = [key for recorder in recording.recorders.values() for key in recorder._recordings]
     assert {key[1] for key in keys if key[0] == "verify"} == set(RECORDED)
     assert {key[1] for key in keys if key[0] == "draft"} == (set(RECORDED) - {0} if drafter == "mtp" else set())
-    assert all(graph.replays > 2 for graph in recording.made), "timed as replays"
+    assert all(graph.replays > 1 for graph in recording.made), "more often than for the test of a recording"
     assert costs.step_seconds > 0 and len(costs.verify_ratio) == 17 and min(costs.verify_ratio) > 0
 
     before = len(recording.made)
@@ -328,8 +328,12 @@ def test_costs_are_measured_where_recording_is_refused(graph: type) -> None:
 def test_a_measurement_that_fails_gives_the_states_back(monkeypatch: pytest.MonkeyPatch) -> None:
     target, made = pair("llama", "mtp")
     recording = Recording()
-    monkeypatch.setattr(measure, "RECORDED", (0, 1, 400))
-    with pytest.raises(RuntimeError, match="index"):
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measure._Recorded, "_restored", full)
+    with pytest.raises(torch.OutOfMemoryError):
         measure_costs(target, made, context=40, recorders=recording.recorders)
     assert not any(recorder._taken for recorder in recording.recorders.values())
 

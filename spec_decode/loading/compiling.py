@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..draft_length import RECORDED
 from ..errors import ModelError, is_out_of_memory
@@ -44,11 +44,14 @@ def compile_layers(target: Target, backend: str = "inductor") -> int:
         raise ModelError("--compile finds nothing to compile in this model; leave it out.")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, SHAPES)
+    chosen = _Chosen()
+    hook = target.model.register_forward_pre_hook(chosen.look, with_kwargs=True)
     for part in parts:
-        part.forward = _either(part, backend)
+        part.forward = _either(part, backend, chosen)
     try:
         _warm_up(target)
     except Exception as error:
+        hook.remove()
         for part in parts:
             del part.forward
         if is_out_of_memory(error):
@@ -58,16 +61,23 @@ def compile_layers(target: Target, backend: str = "inductor") -> int:
     return len(parts)
 
 
-def _either(part: nn.Module, backend: str) -> Callable[..., Any]:
-    """The part's forward, compiled where a pass has one row and a number of tokens of `COUNTS`."""
+class _Chosen:
+    """Whether the pass under way is one of those that are compiled. A part cannot tell: some norms get heads before
+    tokens."""
+
+    def __init__(self) -> None:
+        self.now = False
+
+    def look(self, model: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        rows, count = options["input_ids"].shape
+        self.now = rows == 1 and count in COUNTS
+
+
+def _either(part: nn.Module, backend: str, chosen: _Chosen) -> Callable[..., Any]:
+    """The part's forward, compiled in the passes that are chosen."""
     plain = part.forward
     compiled = torch.compile(plain, dynamic=False, fullgraph=True, backend=backend)
-
-    def forward(x: Tensor, *more: Any, **options: Any) -> Any:
-        chosen = compiled if x.shape[0] == 1 and x.shape[1] in COUNTS and x.dim() > 2 else plain
-        return chosen(x, *more, **options)
-
-    return forward
+    return lambda *args, **options: (compiled if chosen.now else plain)(*args, **options)
 
 
 def _warm_up(target: Target) -> None:
