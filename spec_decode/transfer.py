@@ -44,7 +44,7 @@ class Transfer:
         joined, sizes = parts.join(), parts.sizes
         buffer, event = self._buffer(joined.shape[0]), torch.cuda.Event()
         buffer.copy_(joined, non_blocking=True)
-        event.record()
+        event.record(torch.cuda.current_stream(joined.device))  # of this device, whichever is the current one
         return lambda: _read(buffer, sizes, event)
 
     def _buffer(self, size: int) -> Tensor:

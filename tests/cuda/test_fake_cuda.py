@@ -91,7 +91,7 @@ class Event:
     def __init__(self, enable_timing: bool = False) -> None:
         pass
 
-    def record(self) -> None:
+    def record(self, stream: object = None) -> None:
         pass
 
     def synchronize(self) -> None:
@@ -130,6 +130,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
 
     monkeypatch.setattr(transfer, "_read", made)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     return made
 
