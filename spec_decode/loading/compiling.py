@@ -56,7 +56,8 @@ def compile_layers(target: Target, backend: str = "inductor") -> int:
             del part.forward
         if is_out_of_memory(error):
             raise
-        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        cause = getattr(error, "inner_exception", error)  # the compiler's own, where PyTorch wraps it
+        said = (str(cause).strip() or type(cause).__name__).splitlines()[0].rstrip(".")
         raise ModelError(f"--compile cannot be used here: torch.compile failed ({said}); leave it out.") from error
     return len(parts)
 
