@@ -127,7 +127,7 @@ const VERDICT = {
 };
 const percent = (x) => (x === null || x === undefined ? "–" : (100 * x).toFixed(x < 0.0995 ? 1 : 0) + " %");
 
-function show({ phase, stats, about, reading }) {
+function show({ phase, stats, about, reading, notes }) {
   const was = root.dataset.phase;
   root.dataset.phase = document.body.dataset.sdPhase = phase;
   about = about || { exact: true, same_text: true, limit: 1, rule: "", why: "", rejected: "probabilities" };
@@ -145,7 +145,8 @@ function show({ phase, stats, about, reading }) {
     write(lane.name + ".tokens", s.tokens === undefined ? "–" : String(s.tokens));
     write(lane.name + ".clock", number(s.clock, 2, " s"));
     write(lane.name + ".finish", s.finish ? FINISH[s.finish] || s.finish
-      : reading && !s.tokens ? "reading the prompt, " + reading.map((n) => n.toLocaleString("en")).join(" of ") + " tokens" : "");
+      : reading && !s.tokens ? "reading the prompt, " + reading.map((n) => n.toLocaleString("en")).join(" of ") + " tokens"
+      : phase === "running" && notes && notes[lane.name] ? notes[lane.name] : "");
     lane.bar.style.transform = "scaleX(" + Math.min(1, (s.tokens || 0) / about.limit) + ")";
   }
   const over = phase === "done" || phase === "failed";

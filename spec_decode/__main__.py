@@ -17,6 +17,7 @@ from typing import Any
 
 from . import check, flags
 from .errors import ModelError, OutOfMemory, UserError
+from .events import Note
 from .paths import ASSETS
 from .request import Request
 from .rules import RULES
@@ -45,8 +46,9 @@ def _race(arguments: argparse.Namespace) -> None:
 
     source, request = _recorded(arguments) if arguments.replay else _loaded(arguments)
     race = source.race(request)
-    for _ in race.steps():
-        pass
+    for step in race.steps():
+        if isinstance(step, Note):
+            print(f"spec_decode: {step}.", file=sys.stderr, flush=True)
     trace = race.trace
     report = race_report(trace)
     print(json.dumps(report, ensure_ascii=False) if arguments.json else _describe(report))

@@ -29,7 +29,7 @@ controller has seen the outcome: whether t + 1 is drafted would depend on the no
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from copy import copy
 from dataclasses import dataclass, replace
@@ -38,8 +38,9 @@ import torch
 from torch import Tensor
 
 from . import rules
+from .cache import bucket
 from .clock import Stopwatch, finish
-from .draft_length import Controller, Fixed
+from .draft_length import RECORDED, Controller, Fixed, within
 from .drafters import Draft, Drafter, NoDrafter
 from .events import BASELINE, SPECULATIVE, Reading, Round
 from .graphs import Recorder
@@ -51,6 +52,7 @@ from .settings import Settings
 from .state import State
 from .target import Pass, Target
 from .text import TextStream
+from .transfer import Transfer
 from .verification import Case, Verdict
 
 
@@ -138,16 +140,24 @@ class Outcome:
 Steps = Generator[Round | Reading, None, None]
 
 
-def baseline(target: Target, prompt: list[int], text: TextStream, settings: Settings) -> Iterator[Round]:
+def baseline(
+    target: Target, prompt: list[int], text: TextStream, settings: Settings, recorder: Recorder | None = None
+) -> Iterator[Round]:
     """The target alone, one token a pass."""
-    return _rounds(_decode(_baseline(target, settings), prompt, text, None))
+    return _rounds(_decode(replace(_baseline(target, settings), recorder=recorder), prompt, text, None))
 
 
 def speculative(
-    target: Target, drafter: Drafter, lengths: Controller, prompt: list[int], text: TextStream, settings: Settings
+    target: Target,
+    drafter: Drafter,
+    lengths: Controller,
+    prompt: list[int],
+    text: TextStream,
+    settings: Settings,
+    recorder: Recorder | None = None,
 ) -> Iterator[Round]:
     """The target with a drafter, one round at a time."""
-    lane = Lane(SPECULATIVE, target, drafter, lengths, settings.deciding, settings)
+    lane = Lane(SPECULATIVE, target, drafter, lengths, settings.deciding, settings, recorder)
     return _rounds(_decode(lane, prompt, text, None))
 
 
@@ -193,6 +203,14 @@ def _rounds(steps: Steps) -> Iterator[Round]:
 
 
 def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | None) -> Steps:
+    """The rounds of a lane, which reads the prompt itself where `prefill` is None.
+
+    Where it is None the lane has the device to itself, and on CUDA a round may be launched before the one before it has
+    been read (see `_length_ahead`). Its seconds are then those of the host, or of its own work on the device where
+    that is more: what the device does while the reader of rounds is at work is not hidden, and a round that nobody
+    reads is on no clock.
+    """
+    may_run_ahead = prefill is None
     target, drafter, settings = lane.target, lane.drafter, lane.settings
     capacity = len(prompt) + settings.max_new_tokens
     prefill = prefill or Prefill(target, prompt, capacity, drafter.needs_hidden)
@@ -201,7 +219,6 @@ def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | 
         held.callback(prefill.cache.free)
         yield from prefill
         passed, prefill.passed = prefill.passed, None
-        assert passed is not None
         # From here on the lane's time goes as if it had read the prompt itself just now.
         begun = time.perf_counter() - prefill.seconds
         held.callback(drafter.close)
@@ -217,22 +234,28 @@ def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | 
             held.callback(recorder.give_back, state)
             if state.cache is not prefill.cache:
                 prefill.cache.free()
-        ended = False
+        transfer = Transfer(target.device)
+        if may_run_ahead and transfer.asynchronous:
+            # A round that nobody will read must not work in the time of whoever comes next.
+            held.push(lambda kind, *_: finish(target.device) if kind in (None, GeneratorExit) else None)
+        known, ended = len(prompt), False
+        ahead: _Launched | None = None
         while left > 0 and not ended:
-            watch = Stopwatch(target.device)
-            # A round emits at most γ + 1 tokens, so the last ones are drafted no further than they may go.
-            length = min(lane.lengths.choose(), left - 1) if index > 0 else 0
-            draft: Draft | None = Draft.none(state)
-            if length > 0:
-                draft = drafter.draft_on_host(state, length, lane.lengths.early_stop)
-            if index > 0:
-                run = recorder.round if recorder else decode_round
-                outcome = run(lane, state, length, draft, watch)
+            this, ahead, waited = ahead, None, 0.0
+            if this is None:
+                this = _launch(lane, state, transfer, _length(lane, left) if index > 0 else 0, passed)
             else:
-                watch.mark()
-                outcome = judge(lane, state, Draft.none(state), passed)
-            host = to_host(outcome)
-            watch.mark()
+                waited = this.seconds
+            passed = None
+            if may_run_ahead and transfer.asynchronous:
+                length = _length_ahead(lane, known, this.drafted + 1, left)
+                if length is not None:
+                    state.bound(known + this.drafted + 1)
+                    ahead = _launch(lane, state, transfer, length)
+                    waited -= ahead.seconds
+            host = to_host(this.outcome, this.read())
+            if not transfer.asynchronous:
+                this.watch.mark()
 
             emitted = [*host.ids[: host.accepted], host.own]
             for count, token in enumerate(emitted, 1):
@@ -240,29 +263,106 @@ def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | 
                     emitted, ended = emitted[:count], True
                     break
             drafter.extend(emitted)
-            state.advance(len(emitted))
+            known += len(emitted)
+            state.bound(known)
             left -= len(emitted)
             tokens, residual = narrate(host, emitted, text, last=ended or left == 0)
 
+            # Recording is on no lane's clock, and launching on that of the round that was launched.
             now = time.perf_counter()
-            laps = watch.laps()
-            if recorder and index > 0:  # recording is on no lane's clock
-                begun += sum(recorder.spent)
-                laps = [max(lap - spent, 0.0) for lap, spent in zip(laps, recorder.spent, strict=True)]
-            seconds, begun = now - begun, now
+            laps = [max(lap - spent, 0.0) for lap, spent in zip(this.watch.laps(), this.spent, strict=True)]
+            seconds = max(now - begun + waited - sum(this.spent), sum(laps) if may_run_ahead else 0.0)
             clock += seconds
             if index == 0:
                 laps = [laps[0] + starting, laps[1] + prefill.seconds]
-            maker = outcome.draft.drafter if host.ids else ""
+            maker = this.outcome.draft.drafter if host.ids else ""
             done = Round(
-                lane.name, index, tokens, length, laps[0], laps[1], seconds, clock,
+                lane.name, index, tokens, this.length, laps[0], laps[1], seconds, clock,
                 host.refused, host.kl, maker, residual,
             )  # fmt: skip
             if index > 0:
-                lane.lengths.observe(done, outcome.draft.stopped_early)
+                lane.lengths.observe(done, this.outcome.draft.stopped_early)
             index += 1
             yield done
             begun = time.perf_counter()  # what the reader of rounds does is not this lane's time
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A round that the device has been given.
+
+    Attributes:
+        read: its numbers, once they are there.
+        watch: marks its beginning, the end of its draft and, where the copy is asynchronous, its end.
+        length: γ as it was chosen.
+        drafted: tokens of the draft.
+        seconds: that launching took on the host, recording included.
+        spent: seconds of recording, in its draft and in its pass.
+    """
+
+    outcome: Outcome
+    read: Callable[[], dict[str, list[float]]]
+    watch: Stopwatch
+    length: int
+    drafted: int
+    seconds: float
+    spent: tuple[float, float]
+
+
+def _launch(lane: Lane, state: State, transfer: Transfer, length: int, passed: Pass | None = None) -> _Launched:
+    """Gives the device a round with a draft of `length`, and the copy of what it tells. The first round is the verdict
+    on the pass over the prompt, `passed`."""
+    begun, spent = time.perf_counter(), [0.0, 0.0]
+    watch = Stopwatch(lane.target.device)
+    draft: Draft | None = Draft.none(state)
+    if length > 0:
+        draft = lane.drafter.draft_on_host(state, length, lane.lengths.early_stop)
+    if passed is not None:
+        watch.mark()
+        outcome = judge(lane, state, Draft.none(state), passed)
+    elif lane.recorder:
+        outcome = lane.recorder.round(lane, state, length, draft, watch)
+        spent = lane.recorder.spent
+    else:
+        outcome = decode_round(lane, state, length, draft, watch)
+    read = transfer.send(outcome.parts or gathered(outcome))
+    if transfer.asynchronous:
+        watch.mark()
+    drafted = outcome.draft.ids.shape[1]
+    return _Launched(outcome, read, watch, length, drafted, time.perf_counter() - begun, (spent[0], spent[1]))
+
+
+def _length(lane: Lane, left: int) -> int:
+    """γ of the next round, of a text that may get `left` more tokens. A round emits at most γ + 1, so the last ones are
+    drafted no further than they may go."""
+    recorded = RECORDED if lane.recorder and not lane.recorder.refused else None
+    return within(lane.lengths.choose(), left - 1, recorded)
+
+
+def _length_ahead(lane: Lane, known: int, most: int, left: int) -> int | None:
+    """γ of the round after the one under way, where it can be launched before that one has been read; None where the
+    host has to read first.
+
+    Why the text is the same: a round is a function of the state on the device, of γ and of the bucket
+    (`decode_round`). The state follows from the round before on the device. γ is fixed, and the text is far enough from
+    its end that γ holds however many tokens are emitted. The host knows the length of the text only up to a bound, of
+    which the bucket alone is made; where the shortest and the longest text that are possible have different buckets,
+    the host reads first. So the same operations meet the same values. Where the round under way turns out to end the
+    text, what follows it is never read, and the state, which it has changed, ends with the lane.
+
+    Only a lane that has the device to itself runs ahead. In a race the surplus would stand in the queue before the
+    other lane's round and count as its time.
+
+    Args:
+        known: tokens of prompt and output that the host has read.
+        most: tokens that the round under way emits at most.
+        left: tokens that may follow `known`.
+    """
+    if not isinstance(lane.lengths, Fixed) or lane.drafter.needs_text:
+        return None
+    length = lane.lengths.length
+    same = bucket(known + 1 + length) == bucket(known + most + length)
+    return length if same and left - most > length else None
 
 
 @torch.inference_mode()

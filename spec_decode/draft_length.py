@@ -14,6 +14,10 @@ import numpy as np
 from .events import DRAFTED, Costs, Round
 from .settings import MAX_DRAFT_LENGTH, Settings
 
+# What is chosen among where every length takes a recording (`graphs`). Dense where γ usually is: the expected tokens of
+# a round change little from one length to the next, so the best of these is within a few percent of the best of all.
+RECORDED = (0, 1, 2, 3, 4, 6, 8, 16)
+
 
 class EarlyStop:
     """Decides by the confidences of the tokens drafted so far whether one more is worth its cost. A drafted token stays
@@ -111,14 +115,27 @@ class Adaptive:
     for a given confidence is estimated too, with the confidence itself as prior. The number of tokens emitted depends
     on where the draft ended. Drafting is therefore compared with plain steps by the number of tokens that the
     confidences predict, which has the same expectation as the number emitted and lower variance.
+
+    Args:
+        costs: measured before, None where nothing was.
+        longest: γmax.
+        among: the lengths to choose among, 0 one of them; None for all up to `longest`. No output depends on it: γ is a
+            function of past rounds alone, which is all that the rules ask of it (`decode`).
     """
 
     BINS = 8  # ranges of confidence
     FIRST = 6  # drafted rounds before their measured rate is used
     DOUBT = 0.96  # drafting stops below this share of the rate of plain steps; both rates are noisy
 
-    def __init__(self, costs: Costs | None, longest: int = MAX_DRAFT_LENGTH, decay: float = 0.92) -> None:
+    def __init__(
+        self,
+        costs: Costs | None,
+        longest: int = MAX_DRAFT_LENGTH,
+        decay: float = 0.92,
+        among: Sequence[int] | None = None,
+    ) -> None:
         self.longest = longest
+        self.among = range(longest + 1) if among is None else [length for length in among if length <= longest]
         self.decay = decay
         # An optimistic prior with the weight of two trials, so that the first rounds draft.
         self.taken = [1.4] * longest
@@ -139,11 +156,11 @@ class Adaptive:
 
     def choose(self) -> int:
         rates = self._rates()
-        best = max(range(self.longest + 1), key=rates.__getitem__)
+        best = max(self.among, key=rates.__getitem__)
         if self.weighed >= self.FIRST:
-            best = self.longest if self.predicted / self.took > self.DOUBT * rates[0] else 0
+            best = max(self.among) if self.predicted / self.took > self.DOUBT * rates[0] else 0
         self.probe = best == 0 and self.since_draft >= self.patience
-        return (4 if self.weighed else self._cheap_probe()) if self.probe else best
+        return within(4 if self.weighed else self._cheap_probe(), self.longest, self.among) if self.probe else best
 
     @property
     def early_stop(self) -> EarlyStop:
@@ -233,10 +250,23 @@ class Adaptive:
         return 2 if self.modelled[2] * self.scale[2] < 1.25 * self.modelled[0] * self.scale[0] else 1
 
 
-def controller(settings: Settings, costs: Costs | None) -> Controller:
-    """The controller that `settings.draft_length` names."""
+def controller(settings: Settings, costs: Costs | None, among: Sequence[int] | None = None) -> Controller:
+    """The controller that `settings.draft_length` names; an adaptive one chooses `among` these."""
     if settings.draft_length == "adaptive":
-        return Adaptive(costs)
+        return Adaptive(costs, among=among)
     if settings.draft_length == "rate":
         return Rate()
     return Fixed(int(settings.draft_length))
+
+
+def within(length: int, most: int, among: Sequence[int] | None) -> int:
+    """A draft length of at most `most`: `length` where it is no longer, else the longest of `among` that is not, or
+    `most` itself where they are None.
+
+    Near the end of a text γ is limited, to lengths that occur once in a text. Those of `among` are recorded already. A
+    shorter draft costs the text a round at most, where a new recording costs several; a draft that is filled up instead
+    would compute tokens that cannot be emitted.
+    """
+    if length <= most:
+        return length
+    return most if among is None else max((n for n in among if n <= most), default=0)

@@ -113,6 +113,19 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class Note:
+    """What the engine says of a lane while it runs, in one sentence; `lasting` where it holds for the whole race, as
+    that rounds are not recorded. A trace keeps the sentences."""
+
+    lane: str
+    text: str
+    lasting: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.lane}: {self.text}"
+
+
+@dataclass(frozen=True, slots=True)
 class Round:
     """One draft and one target pass of a lane; round 0 is the prefill, which emits the first token. Its
     `verify_seconds` are the target's reading of the prompt, its `draft_seconds` the drafter's, if it reads one.
@@ -248,6 +261,7 @@ class Trace:
         promises: those of the source that ran it.
         pieces: the text of every token that occurs as an alternative, by itself, by its id in decimal.
         omitted: the fields of the request that were left out when the trace was exported.
+        notes: what the engine said of its lanes, in order (`Note`).
         version: of the format.
     """
 
@@ -263,6 +277,7 @@ class Trace:
     promises: Promises = Promises()
     pieces: dict[str, str] = field(default_factory=dict)
     omitted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     version: int = trace_format.VERSION
 
     @property
@@ -328,6 +343,7 @@ class Trace:
                     "costs": Costs.from_dict(costs) if costs is not None else None,
                     "promises": Promises(**data.get("promises", {})),
                     "omitted": tuple(data.get("omitted", ())),
+                    "notes": tuple(data.get("notes", ())),
                 }
             )
         except (KeyError, TypeError) as error:

@@ -32,7 +32,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--drafter-device", metavar="DEVICE", help="another device for the drafter, such as cpu")
     parser.add_argument("--device-map", choices=("auto",), help="auto spreads the target over all GPUs")
-    parser.add_argument("--attention", metavar="NAME", help="sdpa or eager (default: what transformers chooses)")
+    parser.add_argument(
+        "--attention",
+        metavar="NAME",
+        help="sdpa, grouped or eager (default: on CUDA the fastest, elsewhere what transformers chooses)",
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the target's layers with torch.compile")
     parser.add_argument("--target-revision", metavar="REV", help="branch, tag or commit of the target")
     parser.add_argument("--drafter-revision", metavar="REV", help="branch, tag or commit of the drafter")
     parser.add_argument("--thinking", action="store_true", help="let the target think first, if its template can")

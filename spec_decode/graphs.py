@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .cache import bucket
-from .clock import Stopwatch
+from .clock import Stopwatch, finish
 from .drafters import Draft, Drafter
 from .errors import is_out_of_memory
 from .noise import seed_words
@@ -121,7 +121,7 @@ class Recorder:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            self._refuse("there is too little memory for a state that is kept")
+            self.refuse("there is too little memory for a state that is kept")
             return state
         self._taken = True
         return kept
@@ -148,7 +148,8 @@ class Recorder:
         if not self._taken:
             self._state = None
 
-    def _refuse(self, why: str) -> None:
+    def refuse(self, why: str) -> None:
+        """Rounds stay eager from now on."""
         self.refused = why
         self._forget()
         self._say(f"Rounds are not recorded: {why}")
@@ -165,12 +166,15 @@ class Recorder:
         """As `decode.decode_round`; `state` is what `take` returned."""
         self.spent = [0.0, 0.0]
         if draft is None:
-            draft = self._drafted(lane, state, length)
+            draft = self.draft(lane, state, length)
         if watch:
             watch.mark()
-        return self._verified(lane, state, draft)
+        return self.verify(lane, state, draft)
 
-    def _drafted(self, lane: Lane, state: State, length: int) -> Draft:
+    @torch.inference_mode()
+    def draft(self, lane: Lane, state: State, length: int) -> Draft:
+        """The first part of `round`: a draft on the device."""
+
         def body(_: Draft | None) -> Draft:
             return lane.drafter.draft(state, length)
 
@@ -179,7 +183,9 @@ class Recorder:
         made: Draft = self._run(("draft", length, *_settings(lane)), state, length + 1, None, body)
         return made
 
-    def _verified(self, lane: Lane, state: State, draft: Draft) -> Outcome:
+    @torch.inference_mode()
+    def verify(self, lane: Lane, state: State, draft: Draft) -> Outcome:
+        """The second part of `round`: a target pass over a draft, and the verdict. The outcome has its `parts`."""
         from .decode import verify_draft
 
         def body(given: Draft | None) -> Outcome:
@@ -212,6 +218,7 @@ class Recorder:
         self._asked[key] += 1
         if self._asked[key] < 2 or self.refused:
             return body(given)
+        finish(state.tokens.device)  # what was launched before is the lane's own time
         begun = time.perf_counter()
         result = self._record(key, state, given, body)
         self.spent[given is not None] += time.perf_counter() - begun
@@ -237,7 +244,7 @@ class Recorder:
             why = "there is too little memory" if is_out_of_memory(error) else "the device refuses to record them"
             why = f"{why} ({said})"
         if why:
-            self._refuse(why)
+            self.refuse(why)
             before.restore()
             return body(given)
         self._recordings[key] = _Recording(graph, static, result, advanced)
@@ -256,7 +263,7 @@ def _settings(lane: Lane) -> tuple[Any, ...]:
 def _room(lane: Lane, state: State) -> State:
     """An empty state with at least the room of `state`: twice as many buckets as the last one that was too small, so
     that longer and longer texts seldom need a new one."""
-    wanted = max(state.cache.capacity, bucket(state.tokens.shape[1]))
+    wanted = max(state.cache.capacity, bucket(state.tokens.shape[1] - MAX_DRAFT_LENGTH - 1))
     capacity = bucket(1)
     while capacity < wanted:
         capacity *= 2

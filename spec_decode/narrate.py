@@ -55,13 +55,16 @@ class HostRound(NamedTuple):
         return self._replace(ids=self.ids[:kept], residual=self.residual if self.accepted < kept else None)
 
 
-def to_host(outcome: Outcome) -> HostRound:
+def to_host(outcome: Outcome, numbers: dict[str, list[float]] | None = None) -> HostRound:
     """Everything the host needs of a round of one row, in one copy.
+
+    Args:
+        numbers: of `gathered`, where they have been copied already (`transfer`).
 
     Raises:
         UserError: the logits are NaN, +inf, or −inf throughout.
     """
-    return _host_round(_copied(outcome), outcome.draft.ids.shape[1])
+    return _host_round(_copied(outcome) if numbers is None else _finite(numbers), outcome.draft.ids.shape[1])
 
 
 def rows_to_host(outcome: Outcome) -> list[HostRound]:
@@ -78,7 +81,11 @@ def rows_to_host(outcome: Outcome) -> list[HostRound]:
 
 def _copied(outcome: Outcome) -> dict[str, list[float]]:
     """The numbers of all rows, one row after another."""
-    host = (outcome.parts or gathered(outcome)).copy()
+    return _finite((outcome.parts or gathered(outcome)).copy())
+
+
+def _finite(host: dict[str, list[float]]) -> dict[str, list[float]]:
+    """The numbers, if the target's probabilities are some."""
     if any(value != value for value in host["target values"][::TOP]):  # a row of p is NaN throughout, or not at all
         raise UserError(
             "The target produced logits that are not finite numbers; try another dtype or check its weights."
@@ -171,11 +178,16 @@ class Parts:
         """The numbers on the host, by name. Waits for the device."""
         if self.joined is None and self.tensors[0].device.type == "cpu":  # they are there, and joining takes longer
             return {name: tensor.tolist() for name, tensor in zip(self.names, self.tensors, strict=True)}
-        values, out, at = self.join().tolist(), {}, 0
-        for name, size in self.sizes.items():
-            out[name] = values[at : at + size]
-            at += size
-        return out
+        return split(self.join().tolist(), self.sizes)
+
+
+def split(values: list[float], sizes: dict[str, int]) -> dict[str, list[float]]:
+    """The numbers of `Parts.join` by name."""
+    out, at = {}, 0
+    for name, size in sizes.items():
+        out[name] = values[at : at + size]
+        at += size
+    return out
 
 
 def _tops(host: dict[str, list[float]], name: str) -> list[tuple[Alternative, ...]]:

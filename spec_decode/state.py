@@ -113,5 +113,9 @@ class State:
 
     def advance(self, emitted: int) -> None:
         """The host has read that the row, or the row with the most of them, got `emitted` tokens."""
-        self.length += emitted
-        self.cache.settle(self.length - 1)
+        self.bound(self.length + emitted)
+
+    def bound(self, length: int) -> None:
+        """No row has more than `length` tokens, as far as the host knows."""
+        self.length = length
+        self.cache.settle(length - 1)

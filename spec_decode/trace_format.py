@@ -74,7 +74,7 @@ def _exists(name: str) -> bool:
 
 def _upgraded(data: dict[str, Any]) -> dict[str, Any]:
     """The fields of a trace of version 1, which had no request."""
-    if foreign := {"request", "versions", "date", "promises", "pieces", "omitted"} & data.keys():
+    if foreign := {"request", "versions", "date", "promises", "pieces", "omitted", "notes"} & data.keys():
         raise refused(f"version 1 has no field {min(foreign)!r}")
     settings, machine = data.pop("settings"), data["machine"]
     if settings.get("draft_length") == "threshold":  # the policy's name until it meant the rule alone
@@ -218,4 +218,5 @@ _TRACE: dict[str, Fits] = {
     "promises": _checked("trace's promises", _PROMISES),
     "pieces": lambda x: _names(x) and all(key.isascii() and key.isdecimal() for key in x),
     "omitted": _all(_text),
+    "notes": _all(_text),
 }

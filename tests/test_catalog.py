@@ -15,6 +15,7 @@ from spec_decode.__main__ import main
 from spec_decode.errors import SettingsError, UserError
 from spec_decode.loading import catalog, memory
 from spec_decode.loading.listing import listing
+from spec_decode.masks import GROUPED
 
 
 @pytest.mark.parametrize("name", ["gemma-4-E4B", "GEMMA-4-e4b", "google/gemma-4-E4B-it", "gemma-4-e4b-it-assistant"])
@@ -74,6 +75,7 @@ def test_a_wrong_quantization_is_refused(text: str) -> None:
 
 def test_attention_that_takes_no_mask_is_refused() -> None:
     assert [catalog.attention(name) for name in (None, "auto", "sdpa", "eager")] == [None, None, "sdpa", "eager"]
+    assert catalog.attention("grouped") == GROUPED
     for name in ("flash_attention_2", "kernels-community/flash-attn3"):
         with pytest.raises(SettingsError, match="takes a mask"):
             catalog.attention(name)

@@ -103,6 +103,7 @@ traces = st.builds(
     promises=st.builds(Promises, st.booleans(), st.booleans(), st.sampled_from(["probabilities", "tokens", "nothing"])),
     pieces=st.dictionaries(st.integers(0, 2**18).map(str), text, max_size=3),
     omitted=st.sampled_from([(), ("system",)]),
+    notes=st.lists(text, max_size=2).map(tuple),
 )
 
 

@@ -6,7 +6,9 @@ recording, so that anything that does not lie in the recorder's tensors goes wro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +16,17 @@ import test_rounds
 import tiny
 import torch
 
-from spec_decode import decode, graphs
-from spec_decode.draft_length import Fixed
-from spec_decode.drafters import Drafter
+from spec_decode import __main__, decode, graphs
+from spec_decode.draft_length import RECORDED, Adaptive, Fixed
+from spec_decode.drafters import Draft, Drafter
 from spec_decode.drafters.lookup import LookupDrafter
-from spec_decode.events import BASELINE, SPECULATIVE, Round
+from spec_decode.events import BASELINE, SPECULATIVE, Note, Round, Trace
 from spec_decode.graphs import Recorder
+from spec_decode.loading import measure
+from spec_decode.loading.measure import measure_costs
+from spec_decode.request import Request
 from spec_decode.settings import Settings
+from spec_decode.sources import local
 from spec_decode.target import Target
 from spec_decode.text import TextStream
 
@@ -80,6 +86,7 @@ class Recording:
 def on_device(drafter: Drafter) -> Drafter:
     """The drafter as on an accelerator: it is asked for a draft on the device."""
     drafter.draft_on_host = lambda state, length, stop: None  # type: ignore[method-assign]
+    drafter.needs_text = False
     return drafter
 
 
@@ -261,3 +268,157 @@ def test_without_memory_for_a_state_that_is_kept_rounds_stay_eager(monkeypatch: 
     monkeypatch.setattr(graphs, "_room", full)
     assert told(race(target, made, settings, PROMPT, recording)) == eager
     assert recording.made == [] and len(recording.said) == 2
+
+
+def ids(rounds: dict[str, list[Round]]) -> list[list[int]]:
+    """The texts of both lanes."""
+    return [[token.id for r in rounds[lane] for token in r.emitted] for lane in LANES]
+
+
+# At load -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafter", ["mtp", "lookup", "model"])
+def test_the_rounds_of_the_defaults_are_recorded_and_timed_at_load(drafter: str) -> None:
+    """The first race then records none of the lengths that are recorded, whatever its prompt."""
+    target, made = pair("llama", drafter)
+    recording = Recording()
+    costs = measure_costs(target, made, context=40, repeats=2, recorders=recording.recorders)
+    assert not any(recorder._taken for recorder in recording.recorders.values()), "given back"
+    keys = [key for recorder in recording.recorders.values() for key in recorder._recordings]
+    assert {key[1] for key in keys if key[0] == "verify"} == set(RECORDED)
+    assert {key[1] for key in keys if key[0] == "draft"} == (set(RECORDED) - {0} if drafter == "mtp" else set())
+    assert all(graph.replays > 1 for graph in recording.made), "more often than for the test of a recording"
+    assert costs.step_seconds > 0 and len(costs.verify_ratio) == 17 and min(costs.verify_ratio) > 0
+
+    before = len(recording.made)
+    for length in (4, 6):
+        settings = Settings(max_new_tokens=24, draft_length=length)
+        eager = ids(race(target, made, settings, PROMPT[3:]))
+        replays = sum(graph.replays for graph in recording.made)
+        assert ids(race(target, made, settings, PROMPT[3:], recording)) == eager
+        assert sum(graph.replays for graph in recording.made) > replays
+        assert drafter == "lookup" or len(recording.made) == before
+
+
+def test_the_costs_are_those_of_the_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only replays move: as many seconds as tokens in the pass, and half of one for each drafted."""
+    now = 0.0
+
+    class Timed(Standing):
+        def replay(self) -> None:
+            nonlocal now
+            super().replay()
+            ids = self.result.ids if isinstance(self.result, Draft) else self.result.draft.ids
+            now += ids.shape[1] / 2 if isinstance(self.result, Draft) else ids.shape[1] + 1
+
+    target, made = pair("llama", "mtp")
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now))
+    costs = measure_costs(target, made, context=40, repeats=2, recorders=Recording(Timed).recorders)
+    assert costs.step_seconds == 1.0
+    assert costs.verify_ratio == tuple(range(1, 18)), "what is not recorded is interpolated"
+    assert costs.draft(1) == pytest.approx(0.5) and costs.draft(4) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("graph", [Refusing, Wrong])
+def test_costs_are_measured_where_recording_is_refused(graph: type) -> None:
+    target, made = pair("llama", "mtp")
+    recording = Recording(graph)
+    costs = measure_costs(target, made, context=40, repeats=1, recorders=recording.recorders)
+    assert costs.step_seconds > 0 and all(recorder.refused for recorder in recording.recorders.values())
+    settings = Settings(max_new_tokens=12, draft_length=3)
+    assert told(race(target, made, settings, PROMPT, recording)) == told(race(target, made, settings, PROMPT))
+
+
+def test_a_measurement_that_fails_gives_the_states_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, made = pair("llama", "mtp")
+    recording = Recording()
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measure._Recorded, "_restored", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        measure_costs(target, made, context=40, recorders=recording.recorders)
+    assert not any(recorder._taken for recorder in recording.recorders.values())
+
+
+# Lengths -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [5, 8, 16])
+def test_the_end_of_a_text_takes_no_recordings_of_its_own(length: int) -> None:
+    """Lengths at the end of a text are those that are recorded already, and the text ends where it should."""
+    target, made = pair("llama", "mtp")
+    for rule in RULES:
+        settings = Settings(max_new_tokens=29, draft_length=length, seed=3, **rule)  # type: ignore[arg-type]
+        recording = Recording()
+        rounds = race(target, made, settings, PROMPT, recording)[SPECULATIVE]
+        assert {r.draft_length for r in rounds} <= {*RECORDED, length}
+        assert sum(len(r.emitted) for r in rounds) == 29
+        if settings.same_text:
+            expected = ids(race(target, made, settings, PROMPT))[0]
+            assert [t.id for r in rounds for t in r.emitted] == expected
+
+
+# Notes -------------------------------------------------------------------------------------------------------------
+
+
+def prepared(recording: Recording, **options: Any) -> local.Race:
+    """A race of a pair with these recorders."""
+    target, made = pair("llama", "mtp")
+    whole: Any = tiny.PairOf(target, made)
+    whole.recorders = recording.recorders
+    said: list[Note] = []
+    for lane, recorder in recording.recorders.items():
+        recorder._say = lambda line, lane=lane, recorder=recorder: said.append(Note(lane, line, bool(recorder.refused)))
+
+    def take_notes() -> list[Note]:
+        taken = list(said)
+        said.clear()
+        return taken
+
+    whole.take_notes = take_notes
+    return local.Race(whole, Request("".join(map(chr, range(40, 90))), Settings(max_new_tokens=20, **options)))
+
+
+def raced(recording: Recording, **options: Any) -> tuple[local.Race, list[Note]]:
+    """Such a race at its end, and what was said of it."""
+    made = prepared(recording, **options)
+    return made, [step for step in made.steps() if isinstance(step, Note)]
+
+
+def test_a_race_says_what_is_recorded_and_keeps_it_in_its_trace() -> None:
+    made, notes = raced(Recording(), draft_length=3)
+    assert {note.lane for note in notes} == {BASELINE, SPECULATIVE} and not any(note.lasting for note in notes)
+    assert "baseline: Recorded: verify of 0 tokens, up to 512 positions" in made.trace.notes
+    assert Trace.from_json(made.trace.to_json()).notes == tuple(map(str, notes)) != ()
+
+
+def test_a_race_says_that_rounds_are_not_recorded_each_time() -> None:
+    recording = Recording(Refusing)
+    for _ in range(2):
+        made, notes = raced(recording, draft_length=3)
+        assert [note.lane for note in notes if note.lasting] == [BASELINE, SPECULATIVE] and len(notes) == 2
+        assert all("Rounds are not recorded: the device refuses" in note for note in made.trace.notes)
+
+
+def test_the_command_line_says_it_on_standard_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = prepared(Recording(Refusing), draft_length=3)
+    source = SimpleNamespace(race=lambda request: made)
+    monkeypatch.setattr(__main__, "_loaded", lambda arguments: (source, made.request))
+    assert __main__.main(["race", "--prompt", "x", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["identical"] is True
+    lines = err.strip().splitlines()
+    assert [line.split(": ")[1] for line in lines] == [BASELINE, SPECULATIVE]
+    assert all("Rounds are not recorded: the device refuses" in line and line.endswith(".") for line in lines)
+
+
+def test_an_adaptive_race_chooses_among_recorded_lengths() -> None:
+    made, _ = raced(Recording())
+    assert {r.draft_length for r in made.rounds} <= set(RECORDED)
+    everything = {Adaptive(None).choose(), *Adaptive(None).among}
+    assert everything == set(range(17)), "elsewhere it chooses among all"

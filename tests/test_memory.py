@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -12,9 +13,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from spec_decode.draft_length import RECORDED
 from spec_decode.errors import ModelError
+from spec_decode.graphs import Recorder
 from spec_decode.loading import catalog, memory, quantized
 from spec_decode.loading.checkpoints import How, load_assistant, load_model
+from spec_decode.loading.pair import _check_recordings
 from spec_decode.target import Target
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -158,3 +162,29 @@ def test_what_pytorch_keeps_on_a_gpu_counts_as_free(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 40)
     gpu = torch.device("cuda", 0)
     assert (memory.free_on(gpu), memory.free_on(gpu, spread=True)) == (130, 260)
+
+
+def test_recordings_are_counted_on_gpus_and_refuse_no_pair() -> None:
+    """Each lane's second cache, and rows of logits in the pool; a pair that fits without them is not refused."""
+    for name in ("gemma-4-E2B", "gemma-4-31B"):
+        gpu, cpu = part(name), part(name, device=CPU)
+        need = gpu.need
+        assert cpu.need.recordings == 0 and cpu.need.total == need.total
+        logits = sum(2 * n + 2 for n in RECORDED) * 262_144 * 4
+        assert need.cache + logits < need.recordings < need.cache + 8 * logits
+        memory.check(name, gpu, None, lambda _, total=need.total: total)
+
+
+def test_recording_is_given_up_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model("llama")
+    recorders = {"baseline": Recorder(lambda: None), "speculative": Recorder(lambda: None)}  # type: ignore[arg-type,return-value]
+    plan = SimpleNamespace(dtype="float32")
+    made: Any = SimpleNamespace(target=Target(model), plan=plan, recorders=recorders)
+    made.target.device = META  # counts as a GPU
+    need = memory.Part(model, META, torch.float32).need
+    wanted = need.cache + need.workspace + need.recordings
+    for there, refused in ((wanted, False), (wanted - 1, True)):
+        monkeypatch.setattr(memory, "free_on", lambda device, there=there: there)
+        _check_recordings(made)
+        assert all(bool(recorder.refused) == refused for recorder in recorders.values())
+    assert "of memory" in recorders["baseline"].refused

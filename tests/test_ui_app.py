@@ -16,7 +16,7 @@ from ui_fakes import FakeRace, FakeSource, fake_load
 
 import app
 from spec_decode.errors import ModelError, OutOfMemory, PromptError, SettingsError
-from spec_decode.events import Trace
+from spec_decode.events import Note, Round, Trace
 from spec_decode.loading.embedded import NAME as EMBEDDED_NAME
 from spec_decode.request import Request
 from spec_decode.session.caption import caption
@@ -184,6 +184,28 @@ def test_every_touch_of_the_model_is_on_one_thread() -> None:
     list(run(engine, asked(), Feed()))
     wait(lambda: source.races[0].closed)
     assert len(threads) == 1 and threading.get_ident() not in threads
+
+
+def test_what_the_engine_says_of_a_lane_is_shown() -> None:
+    """While it runs beside the lane; what holds for the whole race at its end too."""
+    notes = [Note("baseline", "Recorded: verify of 0 tokens"), Note("speculative", "Rounds are not recorded", True)]
+
+    class Noted(FakeRace):
+        def steps(self) -> Any:
+            for i, r in enumerate(super().steps()):
+                yield r
+                if i < len(notes):
+                    yield notes[i]
+
+    class NotedSource(FakeSource):
+        def race(self, request: Request) -> Noted:
+            return Noted(self, request)
+
+    *_, last = run(ready(NotedSource()), asked(), Feed())
+    assert json.loads(last.batch)["notes"] == {note.lane: note.text for note in notes}
+    assert last.notice == "speculative: Rounds are not recorded."
+    rounds, done = ready(NotedSource()).open("v", Request("hello")).advance(10)
+    assert done and all(isinstance(r, Round) for r in rounds)
 
 
 def test_out_of_memory_keeps_what_came_before() -> None:

@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import rules
+from ..attention import use
 from ..decode import Lane, decode_round, judge
 from ..draft_length import Fixed
 from ..drafters import Draft, NoDrafter
@@ -109,6 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--bandwidth", 4.8, "TB/s of the memory; the default is an H200's"),
     ):
         parser.add_argument(name, type=_positive, default=default, metavar="X", help=f"{told} (default: %(default)s)")
+    parser.add_argument(
+        "--attention", choices=tuple(catalog.ATTENTION), default="grouped", help="of the target (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -140,15 +144,18 @@ def run(options: argparse.Namespace) -> None:
     if not 1 <= options.context <= longest:
         raise UserError(f"--context takes 1 to {longest}, not {options.context}.")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    conditions = {"dtype": "bfloat16", "context": options.context, "temperature": 0}
+    conditions = {"dtype": "bfloat16", "context": options.context, "temperature": 0, "attention": options.attention}
     if not options.json:
-        print(f"Pairs of the catalog in bfloat16, {options.context} tokens before, temperature 0; {_listed(versions)}.")
+        print(
+            f"Pairs of the catalog in bfloat16, {options.context} tokens before, temperature 0, "
+            f"{options.attention} attention; {_listed(versions)}."
+        )
         print(f"Assumed: {assumed}. Nothing was timed.\n")
         print("| pair | | operators | weights, GB | K/V, GB | eager, ms | in a CUDA graph, ms |")
         print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     rows = []
     for entry in entries:
-        works = count(entry, options.draft_length, options.context)
+        works = count(entry, options.draft_length, options.context, options.attention)
         told = [{**vars(work), "milliseconds": work.predict(assumed)} for work in works]
         rows.append({"pair": entry.name, "baseline_step": told[0], "round": told[1]})
         if not options.json:
@@ -190,10 +197,12 @@ def fake_gpu() -> Iterator[None]:
         yield
 
 
-def count(entry: catalog.Entry, draft_length: int, context: int) -> tuple[Work, Work]:
-    """The work of a baseline step and of a round of `draft_length` tokens, after `context` tokens."""
+def count(entry: catalog.Entry, draft_length: int, context: int, attention: str = "grouped") -> tuple[Work, Work]:
+    """The work of a baseline step and of a round of `draft_length` tokens, after `context` tokens, with an attention of
+    `catalog.ATTENTION`."""
     with fake_gpu():
         model, assistant = shaped(entry.name, torch.device("cuda"))
+        use(model, catalog.ATTENTION[attention])
         target = Target(model)
         settings = Settings(draft_length=draft_length)
         drafter = MTPDrafter(assistant, target)

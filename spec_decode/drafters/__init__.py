@@ -49,12 +49,15 @@ class Drafter:
 
     name: as shown.
     needs_hidden: `State.hidden` is wanted.
+    needs_text: the next draft depends on what `extend` tells. Where it does not, it depends on the `State` alone, and
+        can be made before the host has read the round before.
     recordable: what `draft` reads and writes lies in the `State` and in weights alone, at addresses that stay, so that
         a graph can repeat it (`graphs`).
     """
 
     name: str = ""
     needs_hidden: bool = False
+    needs_text: bool = True
     recordable: bool = False
 
     def start(self, prompt: list[int], settings: Settings, capacity: int) -> Iterable[Reading] | None:
@@ -87,6 +90,8 @@ class Drafter:
 
 class NoDrafter(Drafter):
     """The baseline's: there is no draft."""
+
+    needs_text = False
 
     def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft:
         return Draft.none(state)

@@ -36,6 +36,7 @@ class ModelDrafter(Drafter):
         self.device = device
         self.name = name
         self.vocabulary = vocabulary
+        self.needs_text = model.device.type == "cpu"  # on the device a draft takes its place from the state
 
     def start(self, prompt: list[int], settings: Settings, capacity: int) -> Iterator[Reading]:
         self.settings = settings

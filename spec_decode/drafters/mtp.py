@@ -48,6 +48,7 @@ class MTPDrafter(Drafter):
     """
 
     needs_hidden = True
+    needs_text = False
     recordable = True
 
     def __init__(self, model: PreTrainedModel, target: Target, name: str = "mtp", int8: bool = False) -> None:

@@ -21,7 +21,8 @@ EMBEDDED = "embedded"
 EMBEDDED_DRAFTER = "mtp+lookup"
 ANY_DRAFTER = "lookup"  # of a target that is not listed here
 PRECISIONS = ("int8", "nf4")
-ATTENTION = ("sdpa", "eager")
+# Implementations of attention, and what transformers calls them.
+ATTENTION = {"sdpa": "sdpa", "grouped": "grouped_sdpa", "eager": "eager"}
 DRAFT_LENGTH = 6  # `num_assistant_tokens` in the generation config of each of Google's drafters
 
 
@@ -32,7 +33,8 @@ class Options(TypedDict, total=False):
         quantize: linear layers through bitsandbytes, as `quantization` reads it.
         drafter_device: another device for the drafter.
         device_map: "auto" spreads the target over all GPUs.
-        attention: "sdpa" or "eager"; None leaves it to transformers.
+        attention: a name of `ATTENTION`; None leaves it to transformers, and on CUDA to a measurement.
+        compile: compile the target's layers with `torch.compile`.
         target_revision, drafter_revision: a branch, tag or commit.
     """
 
@@ -40,6 +42,7 @@ class Options(TypedDict, total=False):
     drafter_device: str | None
     device_map: str | None
     attention: str | None
+    compile: bool
     target_revision: str | None
     drafter_revision: str | None
 
@@ -266,11 +269,11 @@ def attention(name: str | None) -> str | None:
     if name in (None, "", "auto"):
         return None
     if name in ATTENTION:
-        return name
+        return ATTENTION[str(name)]
     if re.search("flash|paged|kernels", str(name)):
         raise SettingsError(
             "attention",
             f"Attention {name!r} cannot be used: the cache's buffers are longer than the text, which takes a mask, and "
-            "flash kernels read none; choose sdpa or eager.",
+            "flash kernels read none; choose sdpa, grouped or eager.",
         )
-    raise SettingsError("attention", f"Unknown attention {name!r}; choose auto, sdpa or eager.")
+    raise SettingsError("attention", f"Unknown attention {name!r}; choose auto, sdpa, grouped or eager.")

@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from .. import attention  # noqa: F401  (transformers then knows its implementation)
 from ..cache import layer_kinds
 from ..cpu import llama as cpu
 from ..drafters import kinds
@@ -56,7 +57,7 @@ class How:
     Attributes:
         precision: of linear layers quantized with bitsandbytes, a name of `catalog.PRECISIONS`.
         spread: over all GPUs, with accelerate.
-        attention: the implementation, a name of `catalog.ATTENTION`.
+        attention: the implementation, by its name in transformers; None leaves it to transformers.
         revision: a branch, tag or commit of the repository.
     """
 

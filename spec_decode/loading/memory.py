@@ -16,6 +16,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..cache import bucket
+from ..draft_length import RECORDED
 from ..drafters import kinds
 from ..errors import ModelError
 from ..settings import MAX_DRAFT_LENGTH
@@ -29,14 +30,17 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of weights, of the KV caches of both lanes at `ROOM` positions, and of workspace."""
+    """Bytes of weights, of the KV caches of both lanes at `ROOM` positions, of workspace, and on GPUs of recordings
+    (`recordings`)."""
 
     weights: int
     cache: int = 0
     workspace: int = 0
+    recordings: int = 0
 
     @property
     def total(self) -> int:
+        """All but recordings, without which a pair can race: rounds stay eager where they do not fit."""
         return self.weights + self.cache + self.workspace
 
 
@@ -64,7 +68,8 @@ class Part:
         if not self.caches:
             return Need(kept)
         cache = LANES * bucket(ROOM) * cache_per_token(self.model, self.dtype)
-        return Need(kept, cache, _workspace(self.model, self.dtype))
+        recorded = 0 if self.device.type in ("cpu", "mps") else recordings(self.model, self.dtype)
+        return Need(kept, cache, _workspace(self.model, self.dtype), recorded)
 
 
 def empty(config: PreTrainedConfig) -> PreTrainedModel:
@@ -115,6 +120,18 @@ def _workspace(model: PreTrainedModel, dtype: torch.dtype) -> int:
     passing = ROOM * (8 * config.hidden_size + 3 * mlp) * dtype.itemsize
     masks = 2 * ROOM * bucket(ROOM) * dtype.itemsize
     return passing + masks + 6 * (MAX_DRAFT_LENGTH + 1) * config.vocab_size * 4
+
+
+def recordings(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Bytes that recorded rounds keep (`graphs`): each lane's state, which holds a second cache beside the one that the
+    prompt was read into, and the pool of the graphs. Intermediate results share the pool, so it holds those of the
+    widest pass, and what each recording leaves: logits, distributions and what is computed from them, for every length
+    of `draft_length.RECORDED`, of the draft and of the pass, and for the baseline's step."""
+    config: Any = model.config.get_text_config(decoder=True)
+    states = LANES * bucket(ROOM) * cache_per_token(model, dtype)
+    rows = 1 + sum(2 * length + 1 for length in RECORDED)
+    widest = (max(RECORDED) + 1) * bucket(ROOM) * dtype.itemsize
+    return states + 6 * rows * config.vocab_size * 4 + widest
 
 
 def free(part: Part) -> int:

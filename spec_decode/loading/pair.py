@@ -9,18 +9,19 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Unpack
 
 import torch
 
-from .. import sampling
+from .. import attention, sampling
 from ..drafters import Drafter
 from ..errors import ModelError, is_out_of_memory
-from ..events import BASELINE, SPECULATIVE, Costs
+from ..events import BASELINE, SPECULATIVE, Costs, Note
 from ..graphs import Recorder
 from ..target import Target, choose_chunks
 from ..text import can_think
-from . import catalog, embedded, memory, quantized, revisions
+from . import catalog, compiling, embedded, memory, quantized, revisions
 from .catalog import EMBEDDED, Options
 from .checkpoints import DTYPES, How, load_model, load_tokenizer, read_target_config
 from .drafter import Choice, Loaded, choose_drafter, load_drafter
@@ -60,10 +61,20 @@ class Pair:
         self.learned: Costs | None = None
         self._loaded = loaded
         self._revision = revision
-        lanes = {
-            lane: Recorder.on(target.device, logging.getLogger("spec_decode").info) for lane in (BASELINE, SPECULATIVE)
-        }
-        self.recorders = {lane: recorder for lane, recorder in lanes.items() if recorder}
+        self._notes: list[Note] = []
+        self.recorders: dict[str, Recorder] = {}
+        for lane in (BASELINE, SPECULATIVE):
+            if recorder := Recorder.on(target.device, partial(self._note, lane)):
+                self.recorders[lane] = recorder
+
+    def _note(self, lane: str, line: str) -> None:
+        self._notes.append(Note(lane, line, lasting=bool(self.recorders[lane].refused)))
+        logging.getLogger("spec_decode").info("%s: %s", lane, line)
+
+    def take_notes(self) -> list[Note]:
+        """What the recorders have said since the last call."""
+        taken, self._notes = self._notes, []
+        return taken
 
     @property
     def drafter(self) -> Drafter:
@@ -130,7 +141,8 @@ class Pair:
         gc.unfreeze()
         try:
             loaded = load_drafter(choice, self.target, self.tokenizer, self.plan)
-            costs = measure_costs(self.target, loaded.drafter)
+            costs = measure_costs(self.target, loaded.drafter, recorders=self.recorders)
+            self.take_notes()  # of recordings that no race has waited for
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -193,7 +205,7 @@ def load_pair(
             say(line)
         if pair.draft_length:
             say(f"The drafter comes with a draft length of {pair.draft_length}")
-        _measure(pair, say)
+        _measure(pair, say, compiles=bool(options.get("compile")))
         _leave_out_of_collections()
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -212,16 +224,47 @@ def _leave_out_of_collections() -> None:
     gc.freeze()
 
 
-def _measure(pair: Pair, say: Say) -> None:
-    """Chooses threads and chunks, and measures the costs."""
+def _measure(pair: Pair, say: Say, compiles: bool = False) -> None:
+    """Chooses threads, attention and chunks, compiles the target where that is asked for, records rounds where there
+    are graphs, and measures the costs.
+
+    Raises:
+        ModelError: it cannot be compiled.
+    """
     int8 = pair.plan.dtype == "int8"
     once = " (the first start compiles for this processor, half a minute at most)" if int8 else ""
     say(f"Measuring the costs of a target pass{once} …")
     if pair.plan.device.type == "cpu":
         sampling.get_ready()
         choose_threads(pair.target, int8)
+    if pair.plan.device.type == "cuda" and not pair.plan.target.attention:
+        attention.choose(pair.target)
+        check_rollback(pair.target, pair.info["target"], pair.plan.target)  # with the masks of the one that was chosen
+    if compiles:
+        if int8:
+            raise ModelError("int8 on the CPU runs in compiled kernels of its own; leave --compile out.")
+        say("Compiling the target's layers …")
+        compiling.compile_layers(pair.target)
     choose_chunks(pair.target)
-    pair.costs = measure_costs(pair.target, pair.drafter)
+    if pair.recorders:
+        say("Recording rounds as CUDA graphs …")
+        _check_recordings(pair)
+    pair.costs = measure_costs(pair.target, pair.drafter, recorders=pair.recorders)
+    for note in pair.take_notes():
+        if note.lasting:
+            say(str(note))
+
+
+def _check_recordings(pair: Pair) -> None:
+    """Gives up recording where memory would not hold it beside what a race needs anyway."""
+    device, dtype = pair.target.device, DTYPES[pair.plan.dtype]
+    need = memory.Part(pair.target.model, device, dtype).need
+    wanted, there = need.cache + need.workspace + need.recordings, memory.free_on(device)
+    if wanted > there:
+        for recorder in pair.recorders.values():
+            recorder.refuse(
+                f"they and a race take {memory.gigabytes(wanted)} of memory, and {memory.gigabytes(there)} are free"
+            )
 
 
 def _check_memory(plan: Plan, name: str, config: Any, choice: Choice) -> None:

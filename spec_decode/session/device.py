@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from ..errors import ModelError, SettingsError, UserError
-from ..events import Promises, Reading, Round, Trace
+from ..events import Note, Promises, Reading, Round, Trace
 from ..request import Request
 from ..settings import Settings
 from ..sources import Race, Recording, Source
@@ -167,6 +167,7 @@ class OpenRace:
         self._submit = submit
         self._steps = race.steps()
         self.reading: Reading | None = None  # how far a long prompt has been read, while no lane has a token
+        self.notes: list[Note] = []  # what the engine said of its lanes so far
         self._error: Exception | None = None
         self.busy = 0.0  # seconds the engine's thread worked on this race
         self._closed = False
@@ -201,6 +202,9 @@ class OpenRace:
                 return rounds, False
             if step is None:
                 return rounds, True
+            if isinstance(step, Note):
+                self.notes.append(step)
+                continue
             if isinstance(step, Round):
                 rounds.append(step)
             self.reading = None if isinstance(step, Round) else step

@@ -32,7 +32,7 @@ PATIENCE = 12  # a slice lasts this many times as long as the engine just waited
 @dataclass(frozen=True)
 class View:
     """One update of the page: the batch for the token view, and the trace when finished. `problem` is what it failed
-    of, `notice` why it was stopped."""
+    of, `notice` why it was stopped, or what the engine says of the race as a whole."""
 
     batch: str
     trace: Trace | None = None
@@ -47,7 +47,8 @@ def run(engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool =
 
     Without `draw` there are no figures, and updates are rare: nobody is watching. A race that takes longer than
     `engine.limits` allow is stopped and says so in a `notice`, what came before kept. While a long prompt is read,
-    updates without rounds come, each with "reading": [tokens read, of how many].
+    updates without rounds come, each with "reading": [tokens read, of how many]. What the engine says of a lane while
+    it runs stands in "notes", the latest sentence of each.
 
     Raises:
         PromptError, ModelError, SettingsError: the race could not begin.
@@ -79,8 +80,10 @@ def run(engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool =
                 curves.add(r)
             feed.add(rounds)
             trace = race.trace if done else None
+            lasting = [str(note) for note in race.notes if note.lasting]
             cut = trace is not None and "time" in trace.finish.values()
             notice = f"Stopped after {limit:g} seconds, which is as long as a race may take here." if cut else None
+            notice = notice or (". ".join(lasting) + "." if trace is not None and lasting else None)
             more: dict[str, Any] = {"about": what}
             if draw and (done or throttle.due()):
                 start = time.perf_counter()
@@ -88,6 +91,8 @@ def run(engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool =
                 throttle.drawn(time.perf_counter() - start)
             if race.reading:
                 more["reading"] = [race.reading.read, race.reading.total]
+            if race.notes:
+                more["notes"] = {note.lane: note.text for note in race.notes}
             stats = tally.to_dict(trace) | {"wall": time.perf_counter() - began}
             batch = feed.batch("failed" if problem else "done" if done else "running", stats, **more)
             yield View(batch, trace, problem, {name: lane.tokens for name, lane in tally.lanes.items()}, notice)

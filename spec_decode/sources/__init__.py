@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import ModelError, quoted
-from ..events import Promises, Reading, Round, Trace
+from ..events import Note, Promises, Reading, Round, Trace
 from ..request import Request
 
 
@@ -22,8 +22,9 @@ class Race(Protocol):
     def request(self) -> Request:
         """What is raced."""
 
-    def steps(self) -> Iterator[Round | Reading]:
-        """Rounds of both lanes as they happen, and before the first of a lane how far a long prompt has been read.
+    def steps(self) -> Iterator[Round | Reading | Note]:
+        """Rounds of both lanes as they happen, before the first of a lane how far a long prompt has been read, and what
+        the engine says of a lane.
 
         Raises:
             UserError: the race cannot go on; what came before stands in `trace`.

@@ -11,7 +11,7 @@ import gc
 import platform
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,9 @@ import transformers
 from .. import __version__, decode
 from ..costs import learned
 from ..decode import Prefill
-from ..draft_length import controller
+from ..draft_length import RECORDED, controller
 from ..errors import OutOfMemory, PromptError, SettingsError, is_out_of_memory
-from ..events import BASELINE, SPECULATIVE, Alternative, Promises, Reading, Residual, Round, Token, Trace
+from ..events import BASELINE, SPECULATIVE, Alternative, Note, Promises, Reading, Residual, Round, Token, Trace
 from ..request import Request
 from ..text import TextStream, encode_chat
 from . import chosen_drafter
@@ -95,6 +95,7 @@ class Race:
         self.ids = _fit(pair, request, len(prefix)) + prefix
         self.date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self.rounds: list[Round] = []
+        self.notes: list[Note] = []
         self.finish: dict[str, str] = {BASELINE: "running", SPECULATIVE: "running"}
         self.costs = pair.learned or pair.costs  # what the race begins from
         self._prefix = prefix
@@ -109,8 +110,9 @@ class Race:
         """Rounds as they happen; raises as `steps`."""
         return (step for step in self.steps() if isinstance(step, Round))
 
-    def steps(self) -> Iterator[Round | Reading]:
-        """Rounds as they happen, and before the first of a lane how far a long prompt has been read.
+    def steps(self) -> Iterator[Round | Reading | Note]:
+        """Rounds as they happen, before the first of a lane how far a long prompt has been read, and what is said of
+        recordings.
 
         Raises:
             OutOfMemory: the device ran out; both lanes have ended and their memory is free.
@@ -122,6 +124,7 @@ class Race:
             while clocks and not self._stopped.is_set():
                 lane = min(clocks, key=lambda name: clocks[name])
                 done = next(self._lanes[lane], None)
+                yield from self._said()
                 if done is None:
                     del clocks[lane]
                     emitted = self._emitted(lane)
@@ -145,7 +148,7 @@ class Race:
         finally:
             self.close()
 
-    def _begin(self) -> Iterator[Reading]:
+    def _begin(self) -> Iterator[Reading | Note]:
         """Reads the prompt and sets up both lanes after it, unless the race is stopped before."""
         pair, ids, settings = self.pair, self.ids, self.settings
         if self._stopped.is_set():
@@ -159,9 +162,18 @@ class Race:
                 return
         text = TextStream(pair.tokenizer, ids[: len(ids) - len(self._prefix)])
         self._given = tuple(Token(token, text.push(token), "prompt") for token in self._prefix)
-        lengths = controller(settings, self.costs)
-        texts, recorders = [text.fork(), text], getattr(pair, "recorders", None)
+        texts, recorders = [text.fork(), text], getattr(pair, "recorders", None) or {}
+        refused = {lane: recorder.refused for lane, recorder in recorders.items() if recorder.refused}
+        lengths = controller(settings, self.costs, RECORDED if recorders and SPECULATIVE not in refused else None)
         self._lanes = decode.lanes(prefill, pair.drafter, lengths, texts, settings, recorders)
+        yield from self._said([Note(lane, f"Rounds are not recorded: {why}", True) for lane, why in refused.items()])
+
+    def _said(self, before: Sequence[Note] = ()) -> Iterator[Note]:
+        """What the pair's recorders have said since the last call."""
+        taken = getattr(self.pair, "take_notes", None)
+        for note in (*before, *(taken() if taken else ())):
+            self.notes.append(note)
+            yield note
 
     def stop(self, why: str = "cancelled") -> None:
         """Ends the race after the round under way, or the chunk of the prompt; may be called from any thread. `why`
@@ -203,6 +215,7 @@ class Race:
             date=self.date,
             promises=LocalSource.promises,
             pieces=self._texts(),
+            notes=tuple(map(str, self.notes)),
         )
 
     def _texts(self) -> dict[str, str]:

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spec_decode import decode, narrate
+from spec_decode import decode, transfer
 from spec_decode.check.operators import fake_gpu
 from spec_decode.clock import finish
 from spec_decode.draft_length import Fixed
@@ -54,12 +54,28 @@ class HostRead(Exception):
 
 
 class Watch(TorchDispatchMode):
-    """Refuses every copy from the device."""
+    """Refuses every copy from the device but the one of a round, which goes to pinned memory and is not waited for."""
+
+    def __init__(self, copies: Copies) -> None:
+        super().__init__()
+        self.copies = copies
+
+    def __enter__(self) -> Any:
+        self.copies.watched = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.copies.watched = False
+        super().__exit__(*error)
 
     def __torch_dispatch__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.copy_.default and len(args) > 2 and args[2]:  # non_blocking
+            assert args[0].device.type == "cpu" and args[0].dtype == torch.float32 and args[0].dim() == 1
+            self.copies.begun += 1
+            return result
         read, made = (
             {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)}
             for tree in ((args, kwargs), result)
@@ -73,9 +89,9 @@ class Event:
     """A CUDA event of no duration."""
 
     def __init__(self, enable_timing: bool = False) -> None:
-        assert enable_timing
+        pass
 
-    def record(self) -> None:
+    def record(self, stream: object = None) -> None:
         pass
 
     def synchronize(self) -> None:
@@ -91,12 +107,11 @@ class Copies:
 
     def __init__(self) -> None:
         self.count = 0
+        self.begun = 0  # while they were watched
+        self.watched = False
 
-    def __call__(self, parts: narrate.Parts) -> dict[str, list[float]]:
-        joined = parts.join()
-        assert joined.device.type == "cuda" and joined.dtype == torch.float32 and joined.dim() == 1
-        sizes = parts.sizes
-        assert joined.shape[0] == sum(sizes.values())
+    def __call__(self, buffer: Tensor, sizes: dict[str, int], event: Event) -> dict[str, list[float]]:
+        assert buffer.shape[0] == sum(sizes.values())
         drafted = sizes["ids"]
         accepted = (0, 0, drafted, min(1, drafted))[self.count]
         self.count += 1
@@ -106,15 +121,16 @@ class Copies:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
-    """Replaces what wants a driver. To wait for the device is refused once the prompt has been read."""
+    """Replaces what wants a driver. To wait for the device is refused while rounds are watched."""
     made = Copies()
 
     def synchronize(device: Any = None) -> None:
-        if made.count:
+        if made.watched:
             raise HostRead("a round waits for the device")
 
-    monkeypatch.setattr(narrate.Parts, "copy", lambda parts: made(parts))
+    monkeypatch.setattr(transfer, "_read", made)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     return made
 
@@ -151,7 +167,9 @@ def pair(kind: str, drafter: str) -> tuple[Target, Drafter | None]:
     return target, MTPDrafter(assistant, target)
 
 
-def run(target: Target, drafter: Drafter | None, rule: str, length: int, count: int = ROUNDS) -> list[Round]:
+def run(
+    target: Target, drafter: Drafter | None, rule: str, length: int, copies: Copies, count: int = ROUNDS
+) -> list[Round]:
     """The first rounds of a text. All but the first, which reads the prompt, are watched."""
     top = {} if rule == "greedy" else {"temperature": 0.8, "top_p": 0.95, "top_k": 20}
     settings = Settings(rule=rule, draft_length=length, max_new_tokens=64, seed=3, **top)
@@ -161,7 +179,7 @@ def run(target: Target, drafter: Drafter | None, rule: str, length: int, count: 
     else:
         lane = decode.speculative(target, drafter, Fixed(length), PROMPT, text, settings)
     told = [next(lane)]
-    with Watch():
+    with Watch(copies):
         told += islice(lane, count - 1)
     lane.close()
     return told
@@ -181,8 +199,10 @@ def test_a_text_is_decoded_with_one_copy_a_round(kind: str, drafter: str, rule: 
     target, drafts = pair(kind, drafter)
     for length in LENGTHS if drafts else (1,):
         copies.count = 0
-        told = run(target, drafts, rule, length)
+        copies.begun = 0
+        told = run(target, drafts, rule, length, copies)
         assert copies.count == len(told) == ROUNDS
+        assert copies.begun == ROUNDS - 1, "one for each round that was read, if one ahead of it"
         drafted = length if drafts else 0
         assert [r.drafted for r in told] == [0, *[drafted] * (ROUNDS - 1)]
         assert [r.accepted for r in told] == [0, 0, drafted, min(1, drafted)]
@@ -226,7 +246,7 @@ def _device(state: State) -> Tensor:
     return state.last + torch.ones(1, 1, dtype=torch.long)
 
 
-@pytest.mark.usefixtures("fake", "copies")
+@pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize(
     ("fault", "error"),
     [
@@ -237,14 +257,16 @@ def _device(state: State) -> Tensor:
         (_device, RuntimeError),
     ],
 )
-def test_a_fault_in_a_round_is_noticed(fault: Callable[[State], Tensor], error: type[Exception]) -> None:
+def test_a_fault_in_a_round_is_noticed(
+    fault: Callable[[State], Tensor], error: type[Exception], copies: Copies
+) -> None:
     target, _ = pair("llama", "none")
     with pytest.raises(error):
-        run(target, Broken(fault), "greedy", 1)
+        run(target, Broken(fault), "greedy", 1, copies)
 
 
-@pytest.mark.usefixtures("fake", "copies")
-def test_a_rule_that_reads_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("fake")
+def test_a_rule_that_reads_is_noticed(monkeypatch: pytest.MonkeyPatch, copies: Copies) -> None:
     def verify(rule: Rule, case: Case) -> Verdict:
         assert bool((case.p >= 0).all())
         return Verdict(case.draft.new_zeros(1), case.draft.new_zeros(1), case.p.new_zeros(*case.draft.shape, 2))
@@ -252,4 +274,4 @@ def test_a_rule_that_reads_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     target, _ = pair("llama", "none")
     monkeypatch.setattr(Rule, "verify", verify)
     with pytest.raises(DataDependentOutputException):
-        run(target, None, "greedy", 1)
+        run(target, None, "greedy", 1, copies)
