@@ -33,6 +33,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drafter-device", metavar="DEVICE", help="another device for the drafter, such as cpu")
     parser.add_argument("--device-map", choices=("auto",), help="auto spreads the target over all GPUs")
     parser.add_argument("--attention", metavar="NAME", help="sdpa or eager (default: what transformers chooses)")
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="verify in passes of one fixed shape, so that bfloat16 rounds alike in both lanes; slower",
+    )
     parser.add_argument("--target-revision", metavar="REV", help="branch, tag or commit of the target")
     parser.add_argument("--drafter-revision", metavar="REV", help="branch, tag or commit of the drafter")
     parser.add_argument("--thinking", action="store_true", help="let the target think first, if its template can")

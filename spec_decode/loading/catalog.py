@@ -34,6 +34,7 @@ class Options(TypedDict, total=False):
         device_map: "auto" spreads the target over all GPUs.
         attention: "sdpa" or "eager"; None leaves it to transformers.
         target_revision, drafter_revision: a branch, tag or commit.
+        batch_invariant: every pass of a text has the same shape, see `Target.padded`.
     """
 
     quantize: str | None
@@ -42,6 +43,7 @@ class Options(TypedDict, total=False):
     attention: str | None
     target_revision: str | None
     drafter_revision: str | None
+    batch_invariant: bool
 
 
 @dataclass(frozen=True)
