@@ -125,6 +125,12 @@ const VERDICT = {
   "no difference": "no measurable difference: the interval holds 1×",
   "nothing drafted": "nothing was drafted: both lanes took plain steps",
 };
+const SYNTHETIC = "at a synthetic acceptance: times are measured, and the drafter is not judged";
+// How near a tie the token was at which lanes part that should not.
+const near = (parting) => {
+  const gaps = parting ? ["baseline", "speculative"].map((lane) => parting[lane].logit_gap) : [];
+  return gaps.length && gaps.every((gap) => gap !== null) ? " (logit gap " + gaps.map((gap) => gap.toPrecision(2)).join(" and ") + ")" : "";
+};
 const percent = (x) => (x === null || x === undefined ? "–" : (100 * x).toFixed(x < 0.0995 ? 1 : 0) + " %");
 
 function show({ phase, stats, about, reading, notes }) {
@@ -154,16 +160,16 @@ function show({ phase, stats, about, reading, notes }) {
   if (over) document.querySelector("#sd-status p")?.classList.add("sd-over");
   write("wall", stats.wall === undefined || !over ? "" : ", " + stats.wall.toFixed(1) + " s,");
   const badge = fields.identical;
-  const state = phase === "idle" || (stats.identical && !stats.same) ? "none" // nothing to compare yet
+  const state = phase === "idle" || about.synthetic || (stats.identical && !stats.same) ? "none" // nothing to compare yet
     : !stats.identical ? (about.same_text ? "differ" : "free") : "same";
   if (badge.dataset.state !== state) badge.dataset.state = state;
   write("identical", state === "none" ? "–"
     : state === "same" ? (over ? "✓ identical" : "✓ identical so far")
-    : "≠ differ from token " + (stats.same + 1));
+    : "≠ differ from token " + (stats.same + 1) + near(stats.parting));
   write("why", phase === "idle" ? "" : about.why);
   const verdict = (over && stats.verdict) || "";
   if (root.dataset.verdict !== verdict) root.dataset.verdict = verdict;
-  write("verdict", VERDICT[verdict] || "speculative ÷ baseline, tokens per second");
+  write("verdict", (about.synthetic ? SYNTHETIC : VERDICT[verdict]) || "speculative ÷ baseline, tokens per second");
   write("interval", stats.interval ? range(stats.interval) + " (95 %)" : "");
   write("end_to_end", number(stats.end_to_end, 2, "×"));
   write("end_to_end_interval", range(stats.end_to_end_interval));
@@ -178,7 +184,7 @@ function show({ phase, stats, about, reading, notes }) {
     }
     if (over) spoken.textContent = "The race is over. Speedup " + fields.speedup.textContent
       + (stats.interval ? ", 95 percent interval " + range(stats.interval).replace("–", " to ") : "")
-      + (verdict ? ", " + VERDICT[verdict] : "") + ". " + fields.loops.textContent + " Texts " + fields.identical.textContent + ".";
+      + (about.synthetic ? ", " + SYNTHETIC : verdict ? ", " + VERDICT[verdict] : "") + ". " + fields.loops.textContent + " Texts " + fields.identical.textContent + ".";
     if (phase === "idle") spoken.textContent = "";
   }
 }

@@ -102,6 +102,8 @@ def _bench(arguments: argparse.Namespace) -> None:
             _progress(f"{len(rows)} of {len(prompts)} prompts")
         others = peers.report()
     summary = summarize(rows)
+    if settings.synthetic_acceptance is not None:
+        print(f"{_synthetic(settings.synthetic_acceptance)}\n")
     print(table(rows, summary, pair.costs, others))
     if arguments.json:
         costs = pair.costs.to_dict() if pair.costs else None
@@ -274,10 +276,27 @@ def _describe(report: dict[str, Any]) -> str:
         summary.append(f"acceptance rate {fast['acceptance_rate']:.0%}")
     if fast["tokens_per_pass"] is not None:
         summary.append(f"{fast['tokens_per_pass']:.2f} tokens per target pass")
-    summary.append("lanes identical" if report["identical"] else "lanes differ")
+    if report["synthetic_acceptance"] is None:
+        summary.append("lanes identical" if report["identical"] else f"lanes differ{_parting(report['parting'])}")
     if report["looping"]:
         summary.append("the text loops, which flatters the drafter")
+    if report["synthetic_acceptance"] is not None:
+        lines.append(_synthetic(report["synthetic_acceptance"]))
     return "\n".join([*lines, ", ".join(summary)])
+
+
+def _synthetic(acceptance: float) -> str:
+    return f"Synthetic acceptance {acceptance:g}: only the times mean something; the speculative text does not."
+
+
+def _parting(parting: dict[str, Any] | None) -> str:
+    """At which token lanes part that should not, and with which logit gap."""
+    if parting is None:
+        return ""
+    tokens = " and ".join(repr(parting[lane]["text"]) for lane in ("baseline", "speculative"))
+    gaps = [parting[lane]["logit_gap"] for lane in ("baseline", "speculative")]
+    said = ", ".join("unknown" if gap is None else f"{gap:.4g}" for gap in gaps)
+    return f" from token {parting['position'] + 1} ({tokens}; logit gaps {said})"
 
 
 def _progress(line: str) -> None:
@@ -355,6 +374,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--top-p", default=defaults.top_p, metavar="P")
         command.add_argument("--top-k", default=defaults.top_k, metavar="K")
         command.add_argument("--rule", choices=tuple(RULES), help="greedy at temperature 0, else coupled")
+        command.add_argument(
+            "--synthetic-acceptance",
+            metavar="A",
+            help="measure time alone: accept each drafted token with this probability, whatever the target says",
+        )
         command.add_argument("--lenience", default=defaults.lenience, metavar="L", help="for lossy rules")
         command.add_argument("--max-new-tokens", default=defaults.max_new_tokens, metavar="N")
         command.add_argument("--seed", default=defaults.seed, metavar="N")

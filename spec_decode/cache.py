@@ -27,7 +27,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .settings import MAX_DRAFT_LENGTH
 
 BUCKET = 512
-LONGEST_ROUND = MAX_DRAFT_LENGTH + 1  # tokens of a pass; one over more reads a prompt
+LONGEST_ROUND = MAX_DRAFT_LENGTH + 1  # tokens of a round's pass
+PADDED_ROUND = 32  # the same where passes are padded; whole tiles of kernels, see `Target.verify`
 # Name of the cache argument of a model's forward; transformers 5.24 renamed it in every model.
 ARGUMENT = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
@@ -82,7 +83,7 @@ class RollbackLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         rows, _, count, _ = key_states.shape
-        if rows == 1 and count > LONGEST_ROUND:  # a prompt, of which the host knows where it ends
+        if rows == 1 and count > PADDED_ROUND:  # a prompt, of which the host knows where it ends
             start, end = self.cache.length, self.cache.length + count
             self.keys[:, :, start:end] = key_states
             self.values[:, :, start:end] = value_states
@@ -126,7 +127,10 @@ class RollbackCache(Cache):
     Attributes:
         lengths: int64 `[rows]`, the positions that each row holds; writes and masks follow it.
         length: upper bound of `lengths` on the host; for one row whose rounds the host has read, its length.
+        whole: passes read all positions, and not up to a bucket, so that no two passes differ in how many they read.
     """
+
+    whole = False
 
     def __init__(
         self, config: PreTrainedConfig, capacity: int, rows: int = 1, device: torch.device | None = None
@@ -151,6 +155,7 @@ class RollbackCache(Cache):
         with torch.inference_mode(False):
             lengths = torch.cat([cache.lengths for cache in caches])
         capacity, length = max(cache.capacity for cache in caches), max(cache.length for cache in caches)
+        joined.whole = any(cache.whole for cache in caches)
         joined._begin([layer.is_sliding for layer in caches[0].layers], capacity, lengths, length)
         for layer, *parts in zip(joined.layers, *(cache.layers for cache in caches), strict=True):
             if not parts[0].is_initialized:
@@ -202,7 +207,7 @@ class RollbackCache(Cache):
     def width(self, count: int = 0) -> int:
         """How many positions a pass over `count` more tokens reads: the bucket that holds them, by what the host
         knows."""
-        return min(bucket(max(self.length + count, self._through)), self.capacity)
+        return self.capacity if self.whole else min(bucket(max(self.length + count, self._through)), self.capacity)
 
     def read(self, layer: int, end: int = 0) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer up to the bucket that holds `length` and `end`, in place."""
@@ -224,6 +229,12 @@ class RollbackCache(Cache):
         """Counts the positions that a pass has written in every row."""
         self.length += tokens
         self.lengths += tokens
+        self.forget_positions()
+
+    def retreat(self, tokens: int) -> None:
+        """Drops the last `tokens` positions that a pass has written in every row."""
+        self.length -= tokens
+        self.lengths -= tokens
         self.forget_positions()
 
     def forget_positions(self) -> None:

@@ -404,7 +404,8 @@ def judge(lane: Lane, state: State, draft: Draft, passed: Pass) -> Outcome:
     p = softmax(logits.float()) if settings.temperature == 0 else distribution(logits, settings)
     seed = settings.seed if state.seed is None else state.seed
     noise = RoundNoise(seed, state.lengths, logits.shape[1], logits.shape[2])
-    case = Case(draft.ids, logits, p, draft.q, noise, settings.temperature, settings.lenience)
+    drawn = settings.synthetic_acceptance
+    case = Case(draft.ids, logits, p, draft.q, noise, settings.temperature, settings.lenience, drawn)
     verdict = lane.rule.verify(case)
     state.accept(verdict.accepted, verdict.token, hidden)
     return Outcome(draft, logits, p, verdict)

@@ -38,6 +38,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="sdpa, grouped or eager (default: on CUDA the fastest, elsewhere what transformers chooses)",
     )
     parser.add_argument("--compile", action="store_true", help="compile the target's layers with torch.compile")
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="verify in passes of one fixed shape, so that bfloat16 rounds alike in both lanes; slower",
+    )
     parser.add_argument("--target-revision", metavar="REV", help="branch, tag or commit of the target")
     parser.add_argument("--drafter-revision", metavar="REV", help="branch, tag or commit of the drafter")
     parser.add_argument("--thinking", action="store_true", help="let the target think first, if its template can")

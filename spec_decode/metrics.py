@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .events import BASELINE, SPECULATIVE, Costs, Round, Token, Trace
+from .parting import parting
 
 
 def rate(tokens: int, seconds: float) -> float | None:
@@ -325,8 +326,10 @@ def repeated_share(tokens: Iterable[int]) -> float:
 
 
 def race_report(trace: Trace) -> dict[str, Any]:
-    """The object `python -m spec_decode race --json` prints: both lanes, their rates, and whether they agree."""
+    """The object `python -m spec_decode race --json` prints: both lanes, their rates, and whether they agree. With
+    synthetic acceptance the texts mean nothing, and "identical" is never true."""
     speculative = trace.lane(SPECULATIVE)
+    synthetic = trace.settings.get("synthetic_acceptance")
     counts = LaneCounts(speculative)
     estimate = speedup_with_interval(Lane.of(trace.lane(BASELINE)), Lane.of(speculative))
     lanes = {lane: _lane_report(trace, lane) for lane in (BASELINE, SPECULATIVE)}
@@ -361,7 +364,9 @@ def race_report(trace: Trace) -> dict[str, Any]:
         "end_to_end_interval": [estimate.end_to_end_low, estimate.end_to_end_high] if estimate else None,
         "verdict": verdict(counts.drafted, estimate),
         "looping": any(report["repeated_share"] >= LOOPING for report in lanes.values()),
-        "identical": trace.identical,
+        "synthetic_acceptance": synthetic,
+        "identical": trace.identical and synthetic is None,
+        "parting": parting(trace),
     }
 
 

@@ -1,7 +1,8 @@
 """The verification rules in one table: what each is called, what it promises, which noise it uses, where it decides.
 
 In: nothing of ours. Out: `RULES`, which settings, form, API, command line and documentation read; `decode` calls
-`Rule.verify`. Imports no torch: a rule's function is loaded when it first decides.
+`Rule.verify`. Imports no torch: a rule's function is loaded when it first decides. One entry of the table decides
+nothing and is in no menu: synthetic acceptance, which `Settings.synthetic_acceptance` asks for.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Rule:
     same_text: the output is the target's own sample for the seed, whatever was drafted.
     samples: it can be used above temperature 0.
     lenient: it reads `Settings.lenience`.
+    synthetic: verdicts are drawn and not decided, so the text means nothing. It cannot be chosen by its name.
     compares: what `events.Comparison` holds, as "value, bound".
     source: the paper.
     """
@@ -40,6 +42,7 @@ class Rule:
     same_text: bool = False
     samples: bool = True
     lenient: bool = False
+    synthetic: bool = False
     compares: str = ""
     source: str = ""
 
@@ -100,8 +103,17 @@ TABLE = (
         compares=_UNIFORM,
         source="Leviathan et al. 2023, arXiv:2211.17192, appendix A.5",
     ),
+    Rule(
+        "synthetic",
+        "Measures time alone: a draft is accepted with a given probability, whatever the target says.",
+        "round",
+        exact=False,
+        synthetic=True,
+        compares=_UNIFORM,
+    ),
 )
-RULES: dict[str, Rule] = {rule.name: rule for rule in TABLE}
+RULES: dict[str, Rule] = {rule.name: rule for rule in TABLE if not rule.synthetic}  # those that may be chosen
+SYNTHETIC = next(rule for rule in TABLE if rule.synthetic)
 
 
 def default(temperature: float) -> Rule:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import SettingsError, quoted
-from .rules import RULES, Rule, deciding, default
+from .rules import RULES, SYNTHETIC, Rule, deciding, default
 
 POLICIES: tuple[str, ...] = ("adaptive", "rate")
 _POLICY_ALIASES = {"threshold": "rate"}  # what "rate" was called before
@@ -33,6 +33,8 @@ class Settings:
     lenience: for lossy rules only, from 1e-6 to 1; 1 is exact, smaller is faster and further from the target.
     max_new_tokens: the output ends after this many tokens, exactly.
     seed: of the noise that sampling uses.
+    synthetic_acceptance: measures time alone: each drafted token is accepted with this probability, from 0 to 1, given
+        that those before it were, whatever the target says. It takes the place of a rule. None for a rule's verdicts.
 
     Raises:
         SettingsError: a value is out of range or of the wrong kind.
@@ -46,6 +48,7 @@ class Settings:
     lenience: float = 0.3
     max_new_tokens: int = 256
     seed: int = 0
+    synthetic_acceptance: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.draft_length, str):
@@ -65,6 +68,12 @@ class Settings:
             raise SettingsError("lenience", f"Lenience must be at least {LEAST_LENIENCE:g}; 1 is exact.")
         self._set("max_new_tokens", _integer("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS))
         self._set("seed", _integer("seed", self.seed, 0, MAX_SEED))
+        if self.synthetic_acceptance is not None:
+            self._set("synthetic_acceptance", _number("synthetic_acceptance", self.synthetic_acceptance, 0.0, 1.0))
+            if self.rule not in (None, "", "auto", SYNTHETIC.name):
+                raise SettingsError("rule", "Synthetic acceptance takes the place of a rule; ask for one of the two.")
+            self._set("rule", SYNTHETIC.name)
+            return
         if self.rule in (None, "", "auto"):
             self._set("rule", default(self.temperature).name)
         if not isinstance(self.rule, str) or self.rule not in RULES:
@@ -79,7 +88,12 @@ class Settings:
     @property
     def deciding(self) -> Rule:
         """The rule that decides: the one named, or at temperature 0 the greedy one if that is exact."""
-        return deciding(RULES[str(self.rule)], self.temperature)
+        return SYNTHETIC if self.synthetic else deciding(RULES[str(self.rule)], self.temperature)
+
+    @property
+    def synthetic(self) -> bool:
+        """True when verdicts are drawn and not decided, so that only times mean something."""
+        return self.synthetic_acceptance is not None
 
     @property
     def draws_q(self) -> bool:
@@ -114,6 +128,7 @@ _LABELS = {
     "lenience": "Lenience",
     "max_new_tokens": "Max new tokens",
     "seed": "Seed",
+    "synthetic_acceptance": "Synthetic acceptance",
 }
 
 

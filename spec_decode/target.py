@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .cache import ARGUMENT, BUCKET, LONGEST_ROUND, RollbackCache, layer_kinds
+from .cache import ARGUMENT, BUCKET, LONGEST_ROUND, PADDED_ROUND, RollbackCache, layer_kinds
 from .clock import finish
 from .cpu.llama import Int8Llama
 from .masks import Masks
@@ -65,6 +65,7 @@ class Target:
         masks: makes the masks of passes over a cache that holds something; None where transformers makes them.
         batched_experts: whether passes over few tokens run a mixture of experts as one batch, with no shape that
             depends on which experts were chosen. On a CPU transformers' own way is faster.
+        padded: passes over a draft are batch-invariant, see `verify`.
 
     Raises:
         ValueError: the model has layers whose state cannot roll back (recurrent, chunked attention).
@@ -83,6 +84,7 @@ class Target:
         self.chunks: tuple[tuple[int, int], ...] = ((CHUNKS[-1], ANYWHERE),)
         self.masks = Masks.of(model, self.kinds)
         self.batched_experts = self.device.type != "cpu"
+        self.padded = False
         # How transformers runs a mixture of experts; None for a model without, or whose experts it cannot choose for.
         mixture = any(hasattr(module, "has_gate") for module in model.modules())
         self._experts = self.config._experts_implementation if mixture else None
@@ -90,7 +92,11 @@ class Target:
 
     def new_cache(self, capacity: int, rows: int = 1) -> RollbackCache:
         """A cache for `rows` sequences of up to `capacity` positions."""
-        return RollbackCache(self.model.config, capacity, rows, self.device)
+        if not self._pads:
+            return RollbackCache(self.model.config, capacity, rows, self.device)
+        cache = RollbackCache(self.model.config, capacity + PADDED_ROUND, rows, self.device)
+        cache.whole = True
+        return cache
 
     def prefill(self, tokens: Tensor, cache: RollbackCache, hidden: bool = False) -> Pass:
         """Reads the prompt into an empty cache. The pass has the last position only (k = 1)."""
@@ -117,8 +123,29 @@ class Target:
         return next((size for size, furthest in self.chunks if position <= furthest), self.chunks[-1][0])
 
     def verify(self, tokens: Tensor, cache: RollbackCache, hidden: bool = False) -> Pass:
-        """One pass over k tokens after the cached ones; position i has the logits of the token after token i."""
-        return self._forward(tokens, cache, hidden, keep=tokens.shape[-1])
+        """One pass over k tokens after the cached ones; position i has the logits of the token after token i.
+
+        With `padded` the pass is batch-invariant: a token has the same bits in a pass over one token and in a pass over
+        a draft. Libraries choose a kernel, and with it the order of a sum, by the shape of its operands. So every pass
+        gets the same shape: `PADDED_ROUND` tokens, of which those after the k are padding, and a cache that is read to
+        its end. Given the shape, a product of matrices, a norm and attention with a mask compute each row from that row
+        alone, in an order that depends on neither its neighbours nor its place. Padding stands after the k tokens, so
+        no mask shows it to them, and the next pass writes over its keys and values. Rows must be treated alike
+        wherever they stand, which a row in an incomplete tile of a kernel may not be (MKL's float32 products do the
+        17th of 17 rows otherwise), hence a number that tiles divide. The libraries promise none of this: `check gpu`
+        and tests/test_batch_invariant.py compare bits. Kernels of our own (`cpu.Int8Llama`) need no padding. Sums over
+        the vocabulary that top-p makes after the pass are not padded.
+        """
+        k = tokens.shape[-1]
+        if not self._pads or k > LONGEST_ROUND:
+            return self._forward(tokens, cache, hidden, keep=k)
+        passed = self._forward(torch.nn.functional.pad(tokens, (0, PADDED_ROUND - k)), cache, hidden, PADDED_ROUND)
+        cache.retreat(PADDED_ROUND - k)
+        return Pass(passed.logits[..., :k, :], None if passed.hidden is None else passed.hidden[..., :k, :], cache)
+
+    @property
+    def _pads(self) -> bool:
+        return self.padded and not self._fused
 
     @torch.inference_mode()
     def _forward(self, tokens: Tensor, cache: RollbackCache, hidden: bool, keep: int) -> Pass:
@@ -151,7 +178,7 @@ class Target:
         operations for few tokens, too much memory for a prompt."""
         if not self.batched_experts or self._experts not in ("eager", "grouped_mm"):
             return
-        wanted = "batched_mm" if tokens <= LONGEST_ROUND else self._experts
+        wanted = "batched_mm" if tokens <= (PADDED_ROUND if self._pads else LONGEST_ROUND) else self._experts
         if self.config._experts_implementation != wanted:
             self.model.set_experts_implementation(wanted)
 

@@ -1012,7 +1012,7 @@ MUTANTS = [
     Mutant(
         "a prompt is read as a batch of experts",
         "target.py",
-        '"batched_mm" if tokens <= LONGEST_ROUND else self._experts',
+        '"batched_mm" if tokens <= (PADDED_ROUND if self._pads else LONGEST_ROUND) else self._experts',
         '"batched_mm"',
         "test_rounds.py::test_a_batch_of_experts_computes_what_single_experts_do",
     ),

@@ -3,10 +3,11 @@ line of all checks."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,29 +17,25 @@ import tiny
 import torch
 
 from spec_decode.__main__ import main
-from spec_decode.check import CHECKS, gpu, lossless, operators
+from spec_decode.check import CHECKS, gpu, lossless, operators, shapes
+from spec_decode.check.gpu import correct, others, parts, report, speed
+from spec_decode.check.gpu.report import Goal, Part, Report, Result, Skip
+from spec_decode.check.gpu.session import Session, raced
 from spec_decode.errors import UserError
 from spec_decode.loading import catalog
+from spec_decode.loading.checkpoints import How, load_model, quantized_copy
+from spec_decode.loading.pair import _precision
+from spec_decode.rules import Rule
+from spec_decode.settings import Settings
+from spec_decode.verification import synthetic
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 
 
-def test_a_race_is_told_and_a_failure_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], packed: bool) -> None:
-    gpu.write(tmp_path, tiny.gemma4("shared", ordered=True, hidden_size=64))
-    assert gpu.race("tiny", tmp_path, CPU, "target=nf4,drafter=int8", "bfloat16", 80)
-    assert gpu.race("tiny", tmp_path, CPU, None, "float32", 80)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["ok"] * 4
-    assert "target nf4, drafter int8" in lines[0] and "lanes identical" in lines[2] and "80 tokens" in lines[3]
-    shutil.rmtree(tmp_path / "drafter")
-    assert not gpu.race("tiny", tmp_path, CPU, None, "float32", 80)
-    assert capsys.readouterr().out.startswith("FAIL")
-
-
 @pytest.mark.parametrize("name", ["gemma-4-E2B", "gemma-4-E4B", "gemma-4-12B"])
-def test_shapes_of_the_catalog_make_a_pair(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All layers and heads of the real shapes, with fewer numbers in each."""
+def test_shapes_of_the_catalog_make_a_pair(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers and heads of the real shapes, with fewer numbers in each, made in memory."""
     entry = catalog.find(name)
     assert entry is not None
 
@@ -52,33 +49,211 @@ def test_shapes_of_the_catalog_make_a_pair(name: str, tmp_path: Path, monkeypatc
     drafter = {**drafter, "text_config": thin(drafter["text_config"]), "backbone_hidden_size": 32}
     monkeypatch.setattr(catalog.Entry, "drafter_shape", drafter)
     monkeypatch.setattr(catalog, "find", lambda _: small)
-    gpu.write(tmp_path, gpu.shaped(name, CPU))
-    assert gpu.race(name, tmp_path, CPU, None, "bfloat16", 80)
+    pair = shapes.pair(name, shapes.shaped(name, CPU))
+    trace = raced(pair, shapes.text(40), Settings(draft_length=4, max_new_tokens=16)).trace
+    assert len(trace.token_ids("baseline")) == len(trace.token_ids("speculative")) == 16
+    assert pair.costs is not None and pair.info["dtype"] == "bfloat16" and pair.context >= 131072
 
 
-def test_gpu_fails_with_exit_code_1_if_a_race_failed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+def test_a_pair_in_memory_is_quantized_as_one_from_disk(how: str, tmp_path: Path, packed: bool) -> None:
+    """The same layers, and the same logits."""
+    model = tiny.gemma4("shared", hidden_size=64)[0].to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    read = load_model(str(tmp_path), CPU, "bfloat16", How(how))
+    made = quantized_copy(model, how, CPU)
+    assert _precision(made) == _precision(read) == how and _precision(model) is None
+    assert [type(module) for module in made.modules()] == [type(module) for module in read.modules()]
+    ids = torch.arange(9)[None]
+    with torch.inference_mode():
+        assert torch.equal(made(ids).logits, read(ids).logits)
+
+
+def options(*given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    gpu.add_arguments(parser)
+    return parser.parse_args(["--tiny", "--device", "cpu", *given])
+
+
+@pytest.mark.slow
+def test_the_rehearsal_runs_every_part_and_a_second_one_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:
-    raced: list[tuple[Any, ...]] = []
+    """Device and CPU are the same here; each makes its own models."""
+    out = tmp_path / "folder" / "gpu.json"
+    given = ["--tiny", "--device", "cpu", "--draws", "150", "--bitsandbytes", "target=int8,drafter=int8", "--minutes"]
+    given = ["check", "gpu", *given, "60", "--out", str(out), "--pairs", "gemma-4-E4B", "gemma-4-12B"]
+    assert main(given) == 0
+    printed = capsys.readouterr().out
+    data = json.loads(out.read_text())
+    names = [part.name for part in parts.parts(Session(CPU, options(*given[4:])))]
+    assert [part["part"] for part in data["parts"]] == names
+    found = {part["part"]: part for part in data["parts"]}
+    for name, part in found.items():
+        if part["status"] == "skipped":
+            assert name.startswith(("elsewhere", "batch gemma")) and part["why"]
+        else:
+            assert part["status"] == "done" and part["figures"] and name in printed
+    texts = found["tokens"]["figures"]
+    assert len(texts) == 2 * (3 * len(tiny.GEMMA4) + 4) and all(figure["identical"] for figure in texts.values())
+    assert found["bandwidth"]["figures"]["best"] > 1e8
+    timed = found["round gemma-4-E4B"]["figures"]
+    assert timed["roofline_share"] > 0 and timed["baseline"]["weight_bytes"] > 10_000
+    assert timed["round_in_steps"] == timed["speculative"]["seconds"] / timed["baseline"]["seconds"]
+    assert found["idle gemma-4-E4B"]["figures"]["kernels"] > 100
+    assert (out.parent / found["idle gemma-4-E4B"]["figures"]["chrome_trace"]).stat().st_size > 1000
+    theirs = found["transformers gemma-4-E4B"]["figures"]
+    assert all("failed" not in theirs[name] for name in ("dynamic cache", "static cache", "assisted"))
+    assert theirs["assisted"]["rounds"] > 1
+    assert found["batch-invariant gemma-4-E4B"]["figures"]["same_bits"]["padded"] == 1
+    assert "int8" in found["bitsandbytes target=int8,drafter=int8 gemma-4-E4B"]["figures"]["dtype"]
+    assert found["recipe"]["figures"]["tokens_written"] > 0 and found["recipe"]["figures"]["steps"] > 0
+    goals = [goal for part in data["parts"] for goal in part["goals"]]
+    assert len(goals) > 10 and {goal["met"] for goal in goals} <= {True, False}
+    assert data["rehearsal"] and data["command"].startswith("python -m spec_decode") and "torch" in data["versions"]
 
-    def race(*args: Any) -> bool:
-        raced.append(args)
-        return len(raced) != 3
+    def never(*_: Any) -> Any:
+        raise AssertionError("it is done already")
 
-    monkeypatch.setattr(gpu, "race", race)
-    monkeypatch.setattr(gpu, "write", lambda *_: None)
+    for module, name in ((correct, "tokens"), (correct, "distribution"), (speed, "round_of"), (others, "recipe")):
+        monkeypatch.setattr(module, name, never)
+    assert main([*given, "--resume", "--only", "tokens", "distribution", "round", "recipe"]) == 0
+    again = json.loads(out.read_text())
+    assert again["parts"] == data["parts"] and again["date"] == data["date"] and len(again["resumed"]) == 1
+
+
+def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+
+    def part(name: str, body: Callable[[], Result], estimate: float = 0) -> Part:
+        def run() -> Result:
+            data = json.loads((tmp_path / "x.json").read_text())
+            assert name in seen or len(data["parts"]) == "abcdef".index(name), "written after every part"
+            seen.append(name)
+            return body()
+
+        return Part(name, "told", estimate, run)
+
+    def fails() -> Result:
+        raise RuntimeError("CUDA error:\n  out of luck")
+
+    def skips() -> Result:
+        raise Skip("there is one device only")
+
+    goals = (Goal("fast", 0.8, 0.75), Goal("idle", 0.1, 0.03, at_least=False), Goal("unknown", None, 1))
+    made = [
+        part("a", lambda: Result({"x": 1}, goals)),
+        part("b", fails),
+        part("c", skips),
+        part("d", lambda: Result({"y": 2}, wrong="lanes part")),
+        part("e", lambda: Result({}), 1e6),
+        part("f", lambda: Result({"z": 3})),
+    ]
+    monkeypatch.setattr(parts, "parts", lambda session: made)
+    command = ["check", "gpu", "--tiny", "--device", "cpu", "--out", str(tmp_path / "x.json")]
     with pytest.raises(SystemExit) as left:
-        main(["check", "gpu", "--tiny", "--device", "cpu", "--bitsandbytes", "nf4"])
-    assert left.value.code == 1 and capsys.readouterr().out.endswith("\n1 failed\n")
-    precisions = [(None, "float32"), (None, "bfloat16"), ("nf4", "bfloat16")]
-    assert [args[3:5] for args in raced] == precisions * 2 * len(tiny.GEMMA4)
-    assert main(["check", "gpu", "--tiny", "--device", "cpu", "--bitsandbytes"]) == 0
-    assert capsys.readouterr().out.endswith("\nall passed\n")
+        main(command)
+    assert left.value.code == 1
+    found = {row["part"]: row for row in json.loads((tmp_path / "x.json").read_text())["parts"]}
+    assert {name: row["status"] for name, row in found.items()} == {
+        "a": "done", "b": "failed", "c": "skipped", "d": "failed", "e": "skipped", "f": "done",
+    }  # fmt: skip
+    assert found["b"]["why"] == "RuntimeError: CUDA error: out of luck" and found["d"]["why"] == "lanes part"
+    assert found["c"]["why"] == "there is one device only" and found["e"]["why"].startswith("it takes about 1000000 s")
+    assert [goal["met"] for goal in found["a"]["goals"]] == [True, False, None]
+    printed = capsys.readouterr().out
+    assert "met    fast: 0.8 (goal ≥ 0.75)" in printed and "MISSED idle: 0.1 (goal ≤ 0.03)" in printed
+    assert "2 parts done, 2 failed, 2 skipped; 1 goals met, 1 missed, 1 without a figure" in printed
+
+    done = list(seen)
+    made[1] = Part("b", "told", 0, lambda: Result({"mended": True}))
+    with pytest.raises(SystemExit):
+        main([*command, "--resume"])  # d fails again
+    assert seen[len(done) :] == ["c", "d"], "what was done is kept"
+    found = {row["part"]: row for row in json.loads((tmp_path / "x.json").read_text())["parts"]}
+    assert found["b"]["status"] == "done" and found["b"]["figures"] == {"mended": True}
 
 
-def test_gpu_refuses_a_pair_that_the_catalog_does_not_have(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_file_of_another_device_is_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.json"
+    about = report.facts(CPU, ["check", "gpu"], True)
+    Report(path, {**about, "device": "another"}, 1)
+    command = ["check", "gpu", "--tiny", "--device", "cpu", "--out", str(path), "--resume"]
+    assert main(command) == 2
+    assert "its device is another" in capsys.readouterr().err
+    path.write_text("{")
+    assert main(command) == 2
+    assert "Cannot go on with" in capsys.readouterr().err
+
+
+def test_texts_that_differ_from_the_cpus_are_found(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """One model of two is made with other weights: the check says where the first token differs."""
+    right, count = correct.models, [0]
+
+    def models(kind: str, drafter: str) -> Any:
+        target, other = right(kind, drafter)
+        count[0] += 1
+        if count[0] == 2:
+            target.model.layers[0].mlp.up_proj.weight.data *= -1
+        return target, other
+
+    monkeypatch.setattr(correct, "classes", lambda: [("llama", "model"), ("shared", "mtp")])
+    monkeypatch.setattr(correct, "models", models)
+    result = correct.tokens(Session(CPU, options()))
+    assert result.wrong.startswith("llama, model, greedy differs from the CPU at token")
+    assert [figure["identical"] for figure in result.figures.values()] == [False, False, True, True]
+
+
+def test_the_distribution_of_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """Where every draft is accepted, tokens are the drafter's. A sound rule passes the same test in the rehearsal."""
+    monkeypatch.setattr(Rule, "verify", lambda rule, case: synthetic.verify(replace(case, acceptance=1.0)))
+    result = correct.distribution(Session(CPU, options("--draws", "150")))
+    assert "rejection does not sample from the target" in result.wrong
+
+
+def test_chi_square_needs_no_scipy() -> None:
+    expected = torch.rand(lossless.VOCABULARY, generator=torch.Generator().manual_seed(1)).double()
+    expected /= expected.sum()
+    drawn = torch.multinomial(expected, 900, replacement=True, generator=torch.Generator().manual_seed(2)).tolist()
+    for p in (expected, expected.flip(0)):
+        assert correct.chi_square(drawn, p) == pytest.approx(lossless.chi_square(drawn, p), rel=1e-6, abs=1e-12)
+
+
+def test_intervals_are_joined() -> None:
+    assert speed.covered([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == 4
+    assert speed.covered([]) == 0
+
+
+@pytest.mark.slow
+def test_training_goes_on_in_slices(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None) -> None:
+    out, home = tmp_path / "train.json", tmp_path / "work"
+    command = ["check", "gpu", "--tiny", "--device", "cpu", "--train", "0.1", "--train-dir", str(home)]
+    for _ in range(2):
+        assert main([*command, "--train-tokens", "1500", "--out", str(out), "--resume"]) == 0
+    slices = json.loads(out.read_text())["parts"]
+    assert [part["part"] for part in slices] == ["slice 1", "slice 2"]
+    first, second = (part["figures"] for part in slices)
+    assert (
+        0 < first["tokens_written"] <= second["tokens_written"] and second["tokens_before"] == first["tokens_written"]
+    )
+    assert 0 < first["steps"] < second["steps"] and second["steps_before"] == first["steps"]
+    assert any(line.startswith("Resuming at step") for line in second["said"])
+    assert (home / "drafter" / "model.safetensors").exists() and second["validation"]["all"]["tokens_per_pass"] >= 1
+
+
+def test_gpu_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, said in (
+        (["--pairs", "gemma-5"], "no pair 'gemma-5'"),
+        (["--minutes", "0"], "must be above 0 minutes"),
+        (["--train", "-1"], "must be above 0 minutes"),
+        (["--bitsandbytes", "int3"], "Cannot quantize 'int3'"),
+    ):
+        assert main(["check", "gpu", "--tiny", "--device", "cpu", *given]) == 2
+        assert said in capsys.readouterr().err
     with pytest.raises(UserError, match="no pair 'gemma-5'"):
-        gpu.write(tmp_path, gpu.shaped("gemma-5", CPU))
+        list(shapes.shaped("gemma-5", CPU))
 
 
 def test_operators_needs_a_pytorch_with_cuda(

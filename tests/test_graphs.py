@@ -40,6 +40,7 @@ RULES = [
     {"temperature": 0.9, "rule": "rejection", "top_k": 30},
     {"temperature": 0.9, "rule": "block", "top_p": 0.9},
     {"temperature": 0.9, "rule": "threshold", "lenience": 0.5},
+    {"temperature": 0.9, "synthetic_acceptance": 0.6},
 ]
 
 

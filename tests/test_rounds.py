@@ -41,6 +41,8 @@ DRAFTERS = ["none", "model", "mtp", "mtp centroids"]
 RULES = [
     {},
     {"rule": "threshold", "lenience": 0.5},
+    {"synthetic_acceptance": 0.6},
+    {"synthetic_acceptance": 0.6, "temperature": 0.8},
     *(
         {"rule": rule, "temperature": 0.8, "top_p": 0.9, "top_k": 40}
         for rule in ("coupled", "rejection", "block", "threshold")

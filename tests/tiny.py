@@ -1,50 +1,20 @@
-"""Tiny random models of real classes, a scripted drafter and a pair around them: what the engine's tests race."""
+"""Tiny random models of real classes (`spec_decode.check.tiny`), a scripted drafter and a pair around them: what the
+engine's tests race."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from spec_decode.cache import RollbackCache
-from spec_decode.check.tiny import COMMON, GEMMA4, SLIDING, VOCABULARY, WINDOW, Characters, gemma4  # noqa: F401
+from spec_decode.check.tiny import COMMON, GEMMA4, SLIDING, VOCABULARY, WINDOW, Characters, gemma4, model  # noqa: F401
 from spec_decode.draft_length import EarlyStop
 from spec_decode.drafters import Draft, Drafter
 from spec_decode.state import State
 from spec_decode.target import Target
 
 CPU = torch.device("cpu")
-
-
-def model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A tiny random float32 model of a real class, in evaluation mode."""
-    torch.manual_seed(seed)
-    options = {**COMMON, **changes}
-    made: PreTrainedModel
-    if kind == "llama":
-        made = LlamaForCausalLM(LlamaConfig(**options))
-    elif kind == "gemma3":
-        made = Gemma3ForCausalLM(Gemma3TextConfig(**options, head_dim=8, sliding_window=WINDOW, layer_types=SLIDING))
-    elif kind == "qwen2":
-        made = Qwen2ForCausalLM(Qwen2Config(**options))
-    elif kind == "qwen3":
-        made = Qwen3ForCausalLM(
-            Qwen3Config(**options, head_dim=8, use_sliding_window=True, sliding_window=WINDOW, layer_types=SLIDING)
-        )
-    else:
-        raise ValueError(kind)
-    return made.eval()
 
 
 def state(tokens: list[int], cache: Any = None, hidden: torch.Tensor | None = None) -> State:

@@ -49,7 +49,7 @@ from ..narrate import gathered
 from ..settings import MAX_DRAFT_LENGTH, Settings
 from ..state import State
 from ..target import Target
-from .gpu import shaped
+from .shapes import shaped
 
 aten = torch.ops.aten
 MATRIX_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv"}
@@ -212,12 +212,12 @@ def count(entry: catalog.Entry, draft_length: int, context: int, attention: str 
             Lane(SPECULATIVE, target, drafter, Fixed(draft_length), rule, settings),
         )
         weights = [*model.parameters(), *assistant.parameters()]
-        return _counted(lanes[0], 0, context, weights), _counted(lanes[1], draft_length, context, weights)
+        return counted(lanes[0], 0, context, weights), counted(lanes[1], draft_length, context, weights)
 
 
 @torch.inference_mode()  # as in a pass; otherwise autograd takes attention apart before it is counted
-def _counted(lane: Lane, length: int, context: int, weights: Iterable[Tensor]) -> Work:
-    """The work of one round of a lane, its copy to the host included."""
+def counted(lane: Lane, length: int, context: int, weights: Iterable[Tensor]) -> Work:
+    """The work of one eager round of a lane after `context` tokens, its copy to the host included."""
     target, drafter = lane.target, lane.drafter
     prompt, capacity = [0] * context, context + MAX_DRAFT_LENGTH + 2
     cache = target.new_cache(capacity)
@@ -226,18 +226,20 @@ def _counted(lane: Lane, length: int, context: int, weights: Iterable[Tensor]) -
     state = State.after(prompt, capacity, cache, target.device)
     judge(lane, state, Draft.none(state), passed)
     state.advance(1)
-    with OperatorCount(weights) as counted:
+    with OperatorCount(weights, target.device.type) as seen:
         outcome = decode_round(lane, state, length, None if length else Draft.none(state))
         gathered(outcome).join()
+    drafter.close()
     cache.free()
-    return Work(length, counted.operators.total(), counted.weight_bytes, counted.cache_bytes)
+    return Work(length, seen.operators.total(), seen.weight_bytes, seen.cache_bytes)
 
 
 class OperatorCount(TorchDispatchMode):
-    """Counts the operators that do work on CUDA tensors, and the bytes that matrix products and attention read.
+    """Counts the operators that do work on a device, and the bytes that matrix products and attention read.
 
     Args:
         weights: the parameters of all models.
+        device: the type of the device whose tensors count.
 
     Attributes:
         operators: how often each operator, by name, did work.
@@ -245,8 +247,9 @@ class OperatorCount(TorchDispatchMode):
         cache_bytes: of keys and values, read by attention.
     """
 
-    def __init__(self, weights: Iterable[Tensor]) -> None:
+    def __init__(self, weights: Iterable[Tensor], device: str = "cuda") -> None:
         super().__init__()
+        self._device = device
         self.operators: Counter[str] = Counter()
         self.weight_bytes = self.cache_bytes = 0
         self._weights = {_storage(weight) for weight in weights}
@@ -266,7 +269,7 @@ class OperatorCount(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         result = function(*args, **kwargs)
-        inputs, outputs = (_cuda(tree) for tree in ((args, kwargs), result))
+        inputs, outputs = (self._counting(tree) for tree in ((args, kwargs), result))
         before = {_storage(tensor) for tensor in inputs}
         made = [tensor for tensor in outputs if _storage(tensor) not in before]
         for tensor in made:
@@ -288,6 +291,9 @@ class OperatorCount(TorchDispatchMode):
                 self.cache_bytes += _size(tensor) + self._copies.get(_storage(tensor), (False, 0))[1]
         return result
 
+    def _counting(self, tree: Any) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == self._device]
+
     def _copied(self, inputs: list[Tensor], copy: Tensor) -> None:
         """`copy` was made of `inputs`: of as many of their bytes as it has at most."""
         weight, earlier = self._copies.get(_storage(inputs[0]), (_storage(inputs[0]) in self._weights, 0))
@@ -299,10 +305,6 @@ class OperatorCount(TorchDispatchMode):
         weight, moved = self._copies.get(_storage(matrix), (_storage(matrix) in self._weights, 0))
         if weight:
             self.weight_bytes += round(share * _size(matrix)) + moved
-
-
-def _cuda(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == "cuda"]
 
 
 def _storage(tensor: Tensor) -> int:

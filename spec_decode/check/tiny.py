@@ -1,6 +1,6 @@
-"""Tiny random Gemma 4 pairs of the real classes, and a tokenizer of one character a token: what checks and tests race.
+"""Tiny random models of the real classes, and a tokenizer of one character a token: what checks and tests race.
 
-No download and no weights on disk. `tests/tiny.py` adds the other architectures that only the tests need.
+No download and no weights on disk.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     Gemma4AssistantConfig,
     Gemma4AssistantForCausalLM,
     Gemma4ForCausalLM,
@@ -17,11 +19,18 @@ from transformers import (
     Gemma4UnifiedAssistantForCausalLM,
     Gemma4UnifiedForCausalLM,
     Gemma4UnifiedTextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 VOCABULARY = 96
 WINDOW = 16  # positions that a sliding-window layer sees
+OTHERS = ("llama", "gemma3", "qwen2", "qwen3")
 GEMMA4 = ("dense", "shared", "k_eq_v", "moe", "unified")
 SLIDING = ["sliding_attention", "full_attention"] * 2
 COMMON: dict[str, Any] = {
@@ -37,6 +46,30 @@ COMMON: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+
+
+def model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A tiny random float32 model of one of `OTHERS`, in evaluation mode.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    torch.manual_seed(seed)
+    options = {**COMMON, **changes}
+    made: PreTrainedModel
+    if kind == "llama":
+        made = LlamaForCausalLM(LlamaConfig(**options))
+    elif kind == "gemma3":
+        made = Gemma3ForCausalLM(Gemma3TextConfig(**options, head_dim=8, sliding_window=WINDOW, layer_types=SLIDING))
+    elif kind == "qwen2":
+        made = Qwen2ForCausalLM(Qwen2Config(**options))
+    elif kind == "qwen3":
+        made = Qwen3ForCausalLM(
+            Qwen3Config(**options, head_dim=8, use_sliding_window=True, sliding_window=WINDOW, layer_types=SLIDING)
+        )
+    else:
+        raise ValueError(kind)
+    return made.eval()
 
 
 def gemma4(kind: str, seed: int = 0, ordered: bool = False, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel]:

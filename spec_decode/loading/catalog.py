@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
         attention: a name of `ATTENTION`; None leaves it to transformers, and on CUDA to a measurement.
         compile: compile the target's layers with `torch.compile`.
         target_revision, drafter_revision: a branch, tag or commit.
+        batch_invariant: every pass of a text has the same shape, see `Target.padded`.
     """
 
     quantize: str | None
@@ -45,6 +46,7 @@ class Options(TypedDict, total=False):
     compile: bool
     target_revision: str | None
     drafter_revision: str | None
+    batch_invariant: bool
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,29 @@ def load_assistant(path: str, device: torch.device, dtype: str, how: How | None 
     return model.eval().requires_grad_(False)
 
 
+def quantized_copy(model: PreTrainedModel, precision: str, device: torch.device) -> PreTrainedModel:
+    """A model that is in memory already, with its linear layers quantized by bitsandbytes as `load_model` does it from
+    a checkpoint. Both are in memory for a while.
+
+    Args:
+        precision: a name of `catalog.PRECISIONS`.
+
+    Raises:
+        ModelError: bitsandbytes is not installed, or takes none of its layers on this device.
+    """
+    with _quiet():
+        copy: PreTrainedModel = type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=model.state_dict(),
+            dtype=model.dtype,
+            quantization_config=_bitsandbytes(precision, model.dtype, device, model.config, type(model).__name__),
+            device_map={"": device},
+        )
+    copy.generation_config = model.generation_config
+    return copy.eval().requires_grad_(False)
+
+
 def advised_length(path: str) -> int | None:
     """The draft length in the generation config of a drafter, where that is on this disk; None otherwise. Sends no
     request."""

@@ -13,9 +13,11 @@ from functools import partial
 from typing import Any, Unpack
 
 import torch
+from transformers import PreTrainedModel
 
 from .. import attention, sampling
-from ..drafters import Drafter
+from ..drafters import Drafter, kinds
+from ..drafters.mtp import MTPDrafter
 from ..errors import ModelError, is_out_of_memory
 from ..events import BASELINE, SPECULATIVE, Costs, Note
 from ..graphs import Recorder
@@ -97,7 +99,7 @@ class Pair:
             "target": embedded.NAME if self.name == EMBEDDED else self.name,
             "drafter": self.drafter.name,
             "device": str(self.target.device),
-            "dtype": str(self.plan),
+            "dtype": f"{self.plan}, batch-invariant" if self.target.padded else str(self.plan),
         }
 
     @property
@@ -194,6 +196,7 @@ def load_pair(
     tokenizer = load_tokenizer(path, plan.target.revision)
     try:
         loaded_target = Target(load_model(path, plan.device, plan.dtype, plan.target))
+        loaded_target.padded = bool(options.get("batch_invariant"))
         if target != EMBEDDED:
             check_rollback(loaded_target, name, plan.target)
         say("Loading the drafter …")
@@ -215,6 +218,38 @@ def load_pair(
         ) from error
     say("Ready")
     return pair
+
+
+def assemble(
+    name: str, target: PreTrainedModel, assistant: PreTrainedModel, tokenizer: Any, batch_invariant: bool = False
+) -> Pair:
+    """A pair of models that are in memory already, each on its device: a target and an MTP drafter. Measures its costs
+    as `load_pair` does.
+
+    Raises:
+        ModelError: the drafter does not belong to the target, or a rollback changes what the target predicts.
+    """
+    gc.unfreeze()
+    hows = [How(_precision(model)) for model in (target, assistant)]
+    dtype = next(name for name, known in DTYPES.items() if known == target.dtype)
+    plan = Plan(target.device, assistant.device, dtype, *hows)
+    made = Target(target.requires_grad_(False))
+    made.padded = batch_invariant
+    check_rollback(made, name, plan.target)
+    choice = Choice(kinds.of_checkpoint(assistant.config.model_type), f"{name}-assistant", config=assistant.config)
+    drafter = MTPDrafter(assistant.requires_grad_(False), made)
+    unknown: Revision = {"id": name, "revision": None, "sha256": None}
+    pair = Pair(made, tokenizer, Loaded(drafter, choice, assistant, unknown), name, plan, unknown)
+    _measure(pair, lambda line: None)
+    _leave_out_of_collections()
+    return pair
+
+
+def _precision(model: PreTrainedModel) -> str | None:
+    """What bitsandbytes quantized its linear layers to, a name of `catalog.PRECISIONS`."""
+    if getattr(model, "is_loaded_in_8bit", False):
+        return "int8"
+    return "nf4" if getattr(model, "is_loaded_in_4bit", False) else None
 
 
 def _leave_out_of_collections() -> None:

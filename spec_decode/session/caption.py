@@ -21,6 +21,10 @@ LOSSY = (
 INDEPENDENT = (
     "The {} rule is exact in distribution: the lanes draw separately, so they may show different, equally likely texts."
 )
+SYNTHETIC = (
+    "Acceptance is synthetic: each drafted token was accepted with probability {:g}, whatever the target says. Only "
+    "the times mean something; the speculative text does not."
+)
 NOT_EXACT = "This source does not promise that its texts follow the target’s own distribution."
 NOT_SAME = "This source does not promise that both lanes write the same text."
 
@@ -37,6 +41,7 @@ def about(
         "rule": settings.rule,
         "exact": exact,
         "same_text": same_text,
+        "synthetic": settings.synthetic,
         "why": _why(settings, promises),
         "rejected": promises.rejected,
         "limit": settings.max_new_tokens,
@@ -44,6 +49,8 @@ def about(
 
 
 def _why(settings: Settings, promises: Promises) -> str:
+    if settings.synthetic_acceptance is not None:
+        return SYNTHETIC.format(settings.synthetic_acceptance)
     if not settings.exact:
         return LOSSY.format(settings.rule)
     if not promises.exact:
@@ -75,7 +82,10 @@ def _place(pair: dict[str, Any]) -> str:
 def _settings(settings: Settings) -> list[str]:
     said = [f"draft length {settings.draft_length}"]
     lenient = "" if settings.exact else f" (lossy, lenience {settings.lenience:g})"
-    said += [f"rule {settings.rule}{lenient}", f"temperature {settings.temperature:g}"]
+    rule = f"rule {settings.rule}{lenient}"
+    if settings.synthetic_acceptance is not None:
+        rule = f"synthetic acceptance {settings.synthetic_acceptance:g}"
+    said += [rule, f"temperature {settings.temperature:g}"]
     if settings.temperature:
         said += [f"top-p {settings.top_p:g}"] if settings.top_p != 1 else []
         said += [f"top-k {settings.top_k}"] if settings.top_k else []

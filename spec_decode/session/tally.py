@@ -13,6 +13,7 @@ import numpy as np
 
 from ..events import BASELINE, SPECULATIVE, Round, Token, Trace
 from ..metrics import Lane, LaneCounts, Repetition, ratio, speedup_with_interval, verdict
+from ..parting import parting
 
 LANES = (BASELINE, SPECULATIVE)
 
@@ -92,5 +93,6 @@ class Tally:
                 stats[lane]["finish"] = trace.finish.get(lane, "running")
             cut = not {"cancelled", "time"}.isdisjoint(trace.finish.values())
             stats["verdict"] = verdict(fast.drafted, e)
+            stats["parting"] = parting(trace)
             stats["identical"] = not self.differ and (cut or len(base.ids) == len(fast.ids))
         return stats

@@ -213,7 +213,7 @@ class Race:
             costs=self.costs,
             versions=_versions(),
             date=self.date,
-            promises=LocalSource.promises,
+            promises=Promises(exact=False, same_text=False) if self.settings.synthetic else LocalSource.promises,
             pieces=self._texts(),
             notes=tuple(map(str, self.notes)),
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import time
@@ -54,6 +55,7 @@ class Writing:
     temperatures: (temperature, share) pairs of answers.
     prompt_temperature: temperature of user turns.
     shard: minimum tokens of a file.
+    seconds: after which writing stops, with what it has by then.
 
     Raises:
         UserError: a value is out of range.
@@ -66,6 +68,7 @@ class Writing:
     temperatures: tuple[tuple[float, float], ...] = ((0.0, 0.6), (0.7, 0.3), (1.0, 0.1))
     prompt_temperature: float = 0.9
     shard: int = 40_000
+    seconds: float = math.inf
 
     def __post_init__(self) -> None:
         fewest, most = self.answer
@@ -157,10 +160,10 @@ def write(
         return replace(_begin(next(stream), slots.turns, writing, rng), key="spare", spare=True)
 
     finished: list[dict[str, Any]] = []
-    held, begun, written, over = 0, time.perf_counter(), 0, False
+    held, begun, written, over, late = 0, time.perf_counter(), 0, False, False
     with torch.inference_mode():
         slots.texts = [fresh() for _ in range(writing.slots)]
-        while have < tokens and not over:
+        while have < tokens and not over and not late:
             slots.step()
             for row, text in enumerate(slots.texts):
                 if text.at_least is None and not text.key and not text.forced:
@@ -176,7 +179,8 @@ def write(
                         held += len(text.ids)
                     slots.texts[row] = fresh()
             over = all(text.spare for text in slots.texts)
-            if held >= writing.shard or (over and finished):
+            late = time.perf_counter() - begun >= writing.seconds
+            if held >= writing.shard or ((over or late) and finished):
                 _save(finished, layers, folder / f"{number:05d}.safetensors")
                 have, written, number = have + held, written + held, number + 1
                 finished, held = [], 0

@@ -49,6 +49,7 @@ class Training:
     validation: share of the texts held out for validation.
     check: updates between evaluations.
     patience: evaluations without progress before training stops.
+    seconds: after which a call stops; the next one goes on from there.
 
     Raises:
         UserError: a value is out of range.
@@ -70,6 +71,7 @@ class Training:
     check: int = 250
     patience: int = 8
     seed: int = 0
+    seconds: float = math.inf
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.texts < 1:
@@ -277,8 +279,8 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
         _write_row(out, None)
     learner.train()
     seen, begun = [[0, 0] for _ in range(training.unroll)], time.perf_counter()
-    loss_sum = torch.zeros(())
-    while state.step < training.steps:
+    loss_sum, updates, started, late = torch.zeros(()), 0, begun, False
+    while state.step < training.steps and not late:
         batches = _batches(texts, train_texts, state.epoch, training)
         if state.at >= len(batches):
             state.epoch, state.at = state.epoch + 1, 0
@@ -300,14 +302,16 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
         for sums, count in zip(seen, counts, strict=False):
             sums[0], sums[1] = sums[0] + count[0], sums[1] + count[1]
         state.step, state.at, state.tokens = state.step + 1, state.at + 1, state.tokens + int(batch.lengths.sum())
-        if state.step % training.check == 0 or state.step == training.steps:
+        updates += 1
+        late = time.perf_counter() - started >= training.seconds
+        if state.step % training.check == 0 or state.step == training.steps or late:
             with average.instead():
                 scores = judge(learner.eval(), texts, validation_texts[:24], training.unroll)
             learner.train()
             reached = scores["all"]["tokens_per_pass"] if scores else 0.0
             state.seconds += time.perf_counter() - begun
             hits = [good / max(n, 1) for n, good in seen]
-            row = [state.step, state.tokens, float(loss_sum) / training.check, reached, state.seconds, *hits]
+            row = [state.step, state.tokens, float(loss_sum) / updates, reached, state.seconds, *hits]
             _write_row(out, row)
             correct = " ".join(f"{hit:.3f}" for hit in hits)
             say(
@@ -317,6 +321,7 @@ def train(learner: Learner, folders: list[Path], out: Path, training: Training, 
             better = reached > state.best + 0.002
             state.best, state.stale = max(reached, state.best), 0 if better else state.stale + 1
             seen, loss_sum, begun = [[0, 0] for _ in range(training.unroll)], torch.zeros(()), time.perf_counter()
+            updates = 0
             _keep(saved, learner, optimizer, average, rng, state)
             if state.stale >= training.patience:
                 say(f"Stopped: no progress in {training.patience} evaluations")

@@ -40,7 +40,7 @@ class Case:
     p: the target's distribution, float32 `[..., γ + 1, V]`; at temperature 0 the one at temperature 1.
     q: what the draft was drawn from, float32 `[..., γ, V]`, or None for a draft that was not drawn (lookup, argmax).
     noise: see `Noise`.
-    temperature, lenience: of the settings.
+    temperature, lenience, acceptance: of the settings; the last is `Settings.synthetic_acceptance`.
     """
 
     draft: Tensor
@@ -50,6 +50,7 @@ class Case:
     noise: Noise
     temperature: float = 1.0
     lenience: float = 1.0
+    acceptance: float | None = None
 
 
 @dataclass(frozen=True)

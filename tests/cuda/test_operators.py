@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spec_decode.check.gpu import shaped
 from spec_decode.check.operators import OperatorCount, count, fake_gpu
+from spec_decode.check.shapes import shaped
 from spec_decode.loading import catalog
 
 pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch was built without CUDA")
