@@ -424,7 +424,7 @@ const keep = () => {
   const now = document.activeElement;
   const lost = last && (now === document.body || now === last) && !visible(last);
   if (!lost && !(fallen && now.id === "sd-status")) return;
-  const next = ["sd-stop", "sd-leave", "sd-run"].map((id) => document.getElementById(id)).find(visible);
+  const next = ["sd-stop", "sd-leave", "sd-run", "sd-lab-stop", "sd-lab-run"].map((id) => document.getElementById(id)).find(visible);
   const status = document.getElementById("sd-status");
   if (!next && status) status.tabIndex = -1;
   fallen = !next;
