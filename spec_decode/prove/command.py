@@ -24,7 +24,7 @@ from .setup import BIAS, DRAFTERS, LEVEL, MOST_SEEDS, POWER, SEEDS, WRONG, Setup
 if TYPE_CHECKING:
     from .experiment import Result
 
-FEWER = 6  # a text at temperature 0 is equal or not: a sixth of the texts is enough
+FEWER = 5  # a text at temperature 0 is right or not: a fifth of the texts is enough
 
 
 def add_command(commands: Any) -> None:

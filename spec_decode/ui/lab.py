@@ -22,8 +22,9 @@ from .wiring import AT_ONCE, DEVICE, QUIET
 
 BROKEN = (
     "A draft that is the drafter’s argmax is judged by p / q of a distribution it was not drawn from. A well-known "
-    "library samples so. Rule and drafter are given; no race can choose this rule."
+    "library samples so. No race can choose this rule."
 )
+UNUSED = "Not used while the rule is broken."
 LENGTHS = [*((str(n), str(n)) for n in range(1, 9)), ("adaptive", "adaptive")]
 
 
@@ -103,8 +104,8 @@ def lab_tab(engine: Engine) -> None:
         summary = RULES[rule].summary if rule in RULES else ""
         cold = rule in RULES and not RULES[rule].samples and not broken
         return {
-            rule_box: gr.update(info=summary, interactive=not broken),
-            drafter_box: gr.update(info=DRAFTERS.get(drafter, ""), interactive=not broken),
+            rule_box: gr.update(info=UNUSED if broken else summary, interactive=not broken),
+            drafter_box: gr.update(info=UNUSED if broken else DRAFTERS.get(drafter, ""), interactive=not broken),
             temperature_box: gr.update(interactive=not cold),
         }
 
