@@ -61,6 +61,8 @@ class Setup:
         self.settings(0)
         if self.broken and (self.drafter != CLAIMED or float(self.temperature) == 0):
             raise SettingsError("rule", "The wrong rule brings its own drafter, and needs a temperature above 0.")
+        if not self.broken and self.rule not in RULES:
+            raise SettingsError("rule", f"Unknown rule {quoted(self.rule)}; choose one of {', '.join(RULES)}.")
         if not self.broken and self.drafter not in DRAFTERS:
             raise SettingsError("drafter", f"Unknown drafter {quoted(self.drafter)}; choose {', '.join(DRAFTERS)}.")
         if isinstance(self.seeds, bool) or not isinstance(self.seeds, int) or not 1 <= self.seeds <= MOST_SEEDS:

@@ -74,10 +74,12 @@ def lab_tab(engine: Engine) -> None:
 
     hidden, shown = gr.update(visible=False), gr.update(visible=True)
 
-    def begin() -> dict[Any, Any]:
+    def lab_begin() -> dict[Any, Any]:
         return {view: lab.waiting(), go: hidden, stop: shown}
 
-    def stream(rule: str, drafter: str, broken: bool, length: str, temperature: float, seeds: float) -> Iterator[str]:
+    def lab_stream(
+        rule: str, drafter: str, broken: bool, length: str, temperature: float, seeds: float
+    ) -> Iterator[str]:
         try:
             if broken is True:
                 rule, drafter = WRONG, ""
@@ -94,13 +96,13 @@ def lab_tab(engine: Engine) -> None:
             said = str(error) if isinstance(error, UserError) else "This is no test that can be run."
             yield dumps({"phase": "failed", "words": said})
 
-    def rest() -> dict[Any, Any]:
+    def lab_rest() -> dict[Any, Any]:
         return {go: shown, stop: hidden}
 
-    def halt() -> dict[Any, Any]:
+    def lab_halt() -> dict[Any, Any]:
         return {view: lab.stopped(), go: shown, stop: hidden}
 
-    def told(rule: str, drafter: str, broken: bool) -> dict[Any, Any]:
+    def lab_told(rule: str, drafter: str, broken: bool) -> dict[Any, Any]:
         summary = RULES[rule].summary if rule in RULES else ""
         cold = rule in RULES and not RULES[rule].samples and not broken
         return {
@@ -111,10 +113,10 @@ def lab_tab(engine: Engine) -> None:
 
     rule_box, drafter_box, temperature_box = rule, drafter, temperature
     for control in (rule, drafter, broken):
-        control.change(told, [rule, drafter, broken], [rule, drafter, temperature], preprocess=False, **AT_ONCE)
+        control.change(lab_told, [rule, drafter, broken], [rule, drafter, temperature], preprocess=False, **AT_ONCE)
     form = [rule, drafter, broken, length, temperature, seeds]
-    running = go.click(begin, None, [view, go, stop], concurrency_limit=None, **QUIET).then(
-        stream,
+    running = go.click(lab_begin, None, [view, go, stop], concurrency_limit=None, **QUIET).then(
+        lab_stream,
         form,
         view,
         preprocess=False,
@@ -123,5 +125,5 @@ def lab_tab(engine: Engine) -> None:
         concurrency_limit=1,
         **QUIET,
     )
-    running.then(rest, None, [go, stop], **AT_ONCE)
-    stop.click(halt, None, [view, go, stop], cancels=[running], **AT_ONCE)
+    running.then(lab_rest, None, [go, stop], **AT_ONCE)
+    stop.click(lab_halt, None, [view, go, stop], cancels=[running], **AT_ONCE)
