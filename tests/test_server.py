@@ -225,7 +225,7 @@ def test_a_call_from_no_page_is_refused_in_a_sentence(served: Served, capsys: An
 
 def test_a_test_of_the_lab_that_cannot_be_is_refused_in_a_sentence(served: Served, capsys: Any) -> None:
     good = ["rejection", "model", False, "3", 1, 500]
-    for place, bad in ((0, "x"), (0, None), (0, ["block"]), (1, {}), (3, "99"), (4, "warm"), (5, "many"), (5, 10**9)):
+    for place, bad in ((0, "x"), (0, None), (0, ["block"]), (1, ["model"]), (3, "99"), (4, "warm"), (5, "many"), (5, 10**9)):
         form = [bad if i == place else value for i, value in enumerate(good)]
         view = json.loads(served.call("lab", "lab_stream", form)["data"][0])
         assert view["phase"] == "failed" and view["words"].endswith("."), bad
