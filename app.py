@@ -20,8 +20,8 @@ from spec_decode.loading import catalog
 from spec_decode.sources import Source, replay
 from spec_decode.ui import Engine, Limits, build, launch_options
 
-# What a race may take where strangers may come, unless the flags say otherwise.
-PUBLIC = Limits(new_tokens=1024, seconds=120)
+# What a visitor may take where strangers may come, unless the flags say otherwise.
+PUBLIC = Limits(new_tokens=1024, seconds=120, lab=False)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -51,6 +51,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="S",
         help=f"seconds after which a race is stopped, 0 for never (default: {PUBLIC.seconds:g} where other machines "
         "can reach the page, else never)",
+    )
+    parser.add_argument(
+        "--lab",
+        action=argparse.BooleanOptionalAction,
+        help="the exactness lab, whose tests take the device for up to minutes (default: on, but off where other "
+        "machines can reach the page)",
     )
     arguments = parser.parse_args(argv)
     arguments.limits = limits(arguments)
@@ -121,6 +127,7 @@ def limits(arguments: argparse.Namespace) -> Limits:
     return Limits(
         usual.new_tokens if tokens is None else tokens or None,
         usual.seconds if seconds is None else seconds or None,
+        not shared if arguments.lab is None else arguments.lab,
     )
 
 

@@ -420,19 +420,20 @@ listen("focusout", (event) => {
 });
 
 // Focus does not fall to the body: where the element that had it was hidden, disabled or removed, it goes to whatever
-// took its place, at worst to the status line.
+// took its place, at worst to the status line, or to the view of the other tab.
 const visible = (node) => node && node.isConnected && !node.disabled && node.getClientRects().length;
+const rests = ["sd-status", "sd-lab-view"];
 let last = null, fallen = false;
 listen("focusin", (event) => {
   last = event.target;
-  fallen = fallen && last.id === "sd-status";
+  fallen = fallen && rests.includes(last.id);
 });
 const keep = () => {
   const now = document.activeElement;
   const lost = last && (now === document.body || now === last) && !visible(last);
-  if (!lost && !(fallen && now.id === "sd-status")) return;
-  const next = ["sd-stop", "sd-leave", "sd-run"].map((id) => document.getElementById(id)).find(visible);
-  const status = document.getElementById("sd-status");
+  if (!lost && !(fallen && rests.includes(now.id))) return;
+  const next = ["sd-stop", "sd-leave", "sd-run", "sd-lab-stop", "sd-lab-run"].map((id) => document.getElementById(id)).find(visible);
+  const status = rests.map((id) => document.getElementById(id)).find(visible);
   if (!next && status) status.tabIndex = -1;
   fallen = !next;
   const to = next || status;

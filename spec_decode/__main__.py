@@ -1,7 +1,7 @@
-"""Command line: `python -m spec_decode race`, `… bench`, `… models`, `… train-drafter` and `… check`.
+"""Command line: `python -m spec_decode race`, `… bench`, `… prove`, `… models`, `… train-drafter` and `… check`.
 
 What is asked for goes to standard output, progress and errors to standard error. Exit code 2 for bad input, 1 for a
-failure, 0 otherwise.
+failure, 0 otherwise; `prove` has two more (`prove.command`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from . import check, flags
 from .errors import ModelError, OutOfMemory, UserError
 from .events import Note
 from .paths import ASSETS
+from .prove import command as prove
 from .request import Request
 from .rules import RULES
 from .settings import Settings
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        code = arguments.run(arguments)
     except UserError as error:
         print(f"spec_decode: {error}", file=sys.stderr)
         return 1 if isinstance(error, (ModelError, OutOfMemory)) else 2
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code or 0
 
 
 def _race(arguments: argparse.Namespace) -> None:
@@ -360,6 +361,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--json", metavar="OUT", help="write the report as JSON")
     bench.set_defaults(run=_bench)
+    prove.add_command(commands)
     listing = commands.add_parser("models", help="the pairs known by name, and which of them fit")
     listing.add_argument("--memory", metavar="GB", help="of the card to fit (default: what is free on this machine)")
     listing.add_argument("--json", action="store_true", help="print one JSON array")

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from test_statistics import TableModel, silent
 
 from spec_decode import clock, decode, noise
 from spec_decode.draft_length import EarlyStop
 from spec_decode.drafters import Draft
 from spec_decode.drafters.model import ModelDrafter
 from spec_decode.events import DRAFTED, Round
+from spec_decode.prove.table import SilentText, TableTarget
 from spec_decode.sampling import distribution
 from spec_decode.settings import Settings
 from spec_decode.state import State
@@ -52,7 +52,7 @@ class Clock:
 class TimedDrafter(ModelDrafter):
     """Takes a second for every token it drafts, and half a second more for token 1."""
 
-    def __init__(self, model: TableModel, clock: Clock, one_hot: bool) -> None:
+    def __init__(self, model: TableTarget, clock: Clock, one_hot: bool) -> None:
         super().__init__(model, "timed", 2)  # type: ignore[arg-type]
         self.clock, self.one_hot = clock, one_hot
 
@@ -105,8 +105,8 @@ def texts(made: Clock, one_hot: bool, seeds: int, rule: str) -> Iterator[list[in
     for seed in range(seeds):
         # Room for three tokens more, so that the end of the text cuts no draft short.
         settings = Settings(temperature=1.0, rule=rule, max_new_tokens=TOKENS + 3, seed=seed)
-        drafter = TimedDrafter(TableModel(sure if one_hot else DRAFTER), made, one_hot)
-        lane = decode.speculative(TableModel(TARGET), drafter, Adversary(), PROMPT, silent(), settings)  # type: ignore[arg-type]
+        drafter = TimedDrafter(TableTarget(sure if one_hot else DRAFTER), made, one_hot)
+        lane = decode.speculative(TableTarget(TARGET), drafter, Adversary(), PROMPT, SilentText(), settings)  # type: ignore[arg-type]
         ids: list[int] = []
         while len(ids) < TOKENS:
             ids += [token.id for token in next(lane).emitted]

@@ -15,7 +15,19 @@ FILES = {
     for path in sorted((ROOT / "spec_decode").rglob("*.py"))
 }
 HEAVY = {"torch", "transformers", "numba", "accelerate", "safetensors", "bitsandbytes"}
-LIGHT = ("sources", "sources.replay", "request", "events", "trace_format", "metrics", "text", "errors", "__main__")
+LIGHT = (
+    "sources",
+    "sources.replay",
+    "request",
+    "events",
+    "trace_format",
+    "metrics",
+    "text",
+    "errors",
+    "__main__",
+    "prove.command",
+    "prove.setup",
+)
 
 
 def imports(node: ast.AST, module: str, lazy: bool) -> Iterator[str]:

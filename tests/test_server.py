@@ -223,6 +223,25 @@ def test_a_call_from_no_page_is_refused_in_a_sentence(served: Served, capsys: An
     assert "Traceback" not in captured.out + captured.err and not served.source.races
 
 
+def test_a_test_of_the_lab_that_cannot_be_is_refused_in_a_sentence(served: Served, capsys: Any) -> None:
+    good = ["rejection", "model", False, "3", 1, 500]
+    for place, bad in (
+        (0, "x"),
+        (0, None),
+        (0, ["block"]),
+        (1, ["model"]),
+        (3, "99"),
+        (4, "warm"),
+        (5, "many"),
+        (5, 10**9),
+    ):
+        form = [bad if i == place else value for i, value in enumerate(good)]
+        view = json.loads(served.call("lab", "lab_stream", form)["data"][0])
+        assert view["phase"] == "failed" and view["words"].endswith("."), bad
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+
+
 @pytest.mark.parametrize(
     ("prompt", "system", "words"),
     [(7, None, "prompt must be text"), ("a\ud800", None, "surrogate"), ("a", ["b"], "system prompt must be text")],
@@ -421,7 +440,7 @@ def test_a_race_over_the_limits_is_refused_or_ends_like_stop(served: Served, mon
         ([], {"GRADIO_SERVER_NAME": "0.0.0.0"}, app.PUBLIC),
         ([], {"GRADIO_SHARE": "True"}, app.PUBLIC),
         ([], {"SYSTEM": "spaces"}, app.PUBLIC),
-        (["--host", "0.0.0.0", "--max-seconds", "0", "--max-new-tokens-limit", "0"], {}, Limits()),
+        (["--host", "0.0.0.0", "--max-seconds", "0", "--max-new-tokens-limit", "0"], {}, Limits(lab=False)),
         (["--max-seconds", "9", "--max-new-tokens-limit", "8"], {}, Limits(8, 9)),
     ],
 )

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,10 +29,12 @@ from spec_decode.draft_length import EarlyStop, Fixed
 from spec_decode.drafters import Draft
 from spec_decode.drafters.model import ModelDrafter
 from spec_decode.noise import ACCEPT, DRAFT, RESIDUAL, TARGET, exponential, uniform
+from spec_decode.prove.chi_square import chi_square
+from spec_decode.prove.table import SilentText, joint
+from spec_decode.prove.table import TableTarget as TableModel
 from spec_decode.sampling import distribution, exponential_argmax
 from spec_decode.settings import Settings
 from spec_decode.state import State
-from spec_decode.target import Pass
 from spec_decode.verification import Verdict, residual
 from spec_decode.verification.block import block
 from spec_decode.verification.coupled import coupled
@@ -166,39 +167,17 @@ def sample(combination: Combination, rule: Rule, seed: int, trials: int = TRIALS
 
 def enumerate_joint(p_of: Tensor) -> np.ndarray:
     """P of every sequence of `TOKENS` tokens after the prompt, `[V, V, V]`."""
-    p = p_of.double().numpy()
-    p = p / p.sum(-1, keepdims=True)
-    a, b = PROMPT
-    return p[a, b][:, None, None] * p[b][:, :, None] * p
+    return joint(p_of, PROMPT, TOKENS).numpy()
 
 
 def p_value(tokens: Tensor, joint: np.ndarray) -> float:
-    """Chi-square of observed sequences against their joint distribution.
-
-    Cells expected fewer than 5 times are pooled, rarest first, until a pool is expected 5 times. A sequence of
-    probability 0 is an outright contradiction.
-    """
+    """Chi-square of observed sequences against their joint distribution."""
     vocabulary = joint.shape[0]
     cells = (tokens[:, 0] * vocabulary + tokens[:, 1]) * vocabulary + tokens[:, 2]
     observed = np.bincount(cells.numpy(), minlength=joint.size).astype(float)
-    expected = joint.flatten() * len(tokens)
-    if observed[expected == 0].any():
-        return 0.0
-    order = np.argsort(expected[expected > 0], kind="stable")
-    observed, expected = observed[expected > 0][order], expected[expected > 0][order]
-    rare = int((expected < 5).sum())
-    pools, mass = np.empty(rare, int), 0.0
-    pool = 0
-    for i in range(rare):
-        pools[i], mass = pool, mass + expected[i]
-        if mass >= 5:
-            pool, mass = pool + 1, 0.0
-    groups = np.concatenate([pools, pool + (mass > 0) + np.arange(len(expected) - rare)]).astype(int)
-    if 0 < mass < 5 and len(groups):  # the last pool fell short: it joins the cell after it
-        groups[groups > pool] -= 1
-    observed, expected = np.bincount(groups, observed), np.bincount(groups, expected)
-    assert len(expected) > 1 and expected.min() >= 5
-    return float(scipy.stats.chisquare(observed, expected).pvalue)
+    fit = chi_square(observed, joint.flatten() * len(tokens))
+    assert fit.freedom > 0
+    return fit.p_value
 
 
 @pytest.mark.parametrize("rule", [rejection, block], ids=["rejection", "block"])
@@ -379,64 +358,6 @@ def test_threshold_emits_what_its_divergence_is_of(lenience: float) -> None:
 # The whole loop ----------------------------------------------------------------------------------------------------
 
 
-class TableCache:
-    """The ids a `TableModel` has read."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-
-    @property
-    def length(self) -> int:
-        return len(self.ids)
-
-    def rollback(self, length: int) -> None:
-        assert length <= len(self.ids)
-        del self.ids[length:]
-
-    def keep(self, lengths: Tensor) -> None:
-        self.rollback(int(lengths))
-
-    def settle(self, length: int) -> None:
-        assert length <= len(self.ids)
-
-    def free(self) -> None:
-        self.ids = []
-
-
-class TableModel:
-    """A `Target` whose logits are a table of the last two tokens."""
-
-    device = torch.device("cpu")
-    eos: frozenset[int] = frozenset()
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-        self.vocabulary = logits.shape[-1]
-
-    def new_cache(self, capacity: int) -> TableCache:
-        return TableCache()
-
-    def prefill(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
-        return Pass(self.verify(tokens, cache).logits[..., -1:, :], None, cache)  # type: ignore[arg-type]
-
-    def read(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Iterator[Pass]:
-        yield self.prefill(tokens, cache)
-
-    def verify(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
-        start = len(cache.ids)
-        cache.ids += tokens.view(-1).tolist()
-        ends = range(start, len(cache.ids))
-        logits = torch.stack([self.logits[cache.ids[max(i - 1, 0)], cache.ids[i]] for i in ends])
-        return Pass(logits.view(*tokens.shape, -1), None, cache)  # type: ignore[arg-type]
-
-
-def silent() -> Any:
-    """A text stream that says nothing."""
-    stream = SimpleNamespace(push=lambda token: "", flush=lambda: "")
-    stream.fork = lambda: stream
-    return stream
-
-
 class Early(Fixed):
     """Ends a draft behind the first token the drafter is not sure of."""
 
@@ -462,7 +383,7 @@ def decoded(lengths: Fixed, rule: str, trials: int, kind: type[ModelDrafter] = M
     for seed in range(trials):
         settings = Settings(temperature=1.0, top_k=3, rule=rule, max_new_tokens=TOKENS + 1, seed=seed)
         drafter = kind(other, "table", 4)  # type: ignore[arg-type]
-        rounds = decode.speculative(target, drafter, lengths, list(PROMPT), silent(), settings)  # type: ignore[arg-type]
+        rounds = decode.speculative(target, drafter, lengths, list(PROMPT), SilentText(), settings)  # type: ignore[arg-type]
         tokens.append([t.id for r in rounds for t in r.emitted][:TOKENS])
     return p_value(torch.tensor(tokens), enumerate_joint(distribution(table(4, 7), settings)))
 
@@ -541,7 +462,7 @@ def test_decode_speaks_as_the_target_does(spoken: Spoken) -> None:
     )
     target = TableModel(share(spoken.p))
     drafter = (ModelDrafter if spoken.q else Again)(TableModel(share(spoken.q or spoken.p)), "table", len(spoken.p))  # type: ignore[arg-type]
-    rounds = list(decode.speculative(target, drafter, spoken.lengths, [0, 1], silent(), settings))  # type: ignore[arg-type]
+    rounds = list(decode.speculative(target, drafter, spoken.lengths, [0, 1], SilentText(), settings))  # type: ignore[arg-type]
     tokens = torch.tensor([token.id for r in rounds for token in r.emitted])
     firsts = torch.tensor([r.emitted[0].id for r in rounds])
     p = distribution(torch.tensor(spoken.p).log(), settings).double()

@@ -44,10 +44,12 @@ class Status:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one race may take of a device that is shared: new tokens a lane, and seconds. None sets no limit."""
+    """What one visitor may take of a device that is shared: new tokens a lane, and seconds of a race or a test, where
+    None sets no limit; and whether there is an exactness lab (`lab`)."""
 
     new_tokens: int | None = None
     seconds: float | None = None
+    lab: bool = True
 
     def check(self, settings: Settings) -> None:
         """Raises SettingsError where these settings ask for more."""
@@ -83,7 +85,7 @@ class Engine:
                 return
             self._loading = True
             self._status = Status("loading", "Loading PyTorch and the model.")
-        self._submit(self._load_now)
+        self.submit(self._load_now)
 
     def status(self) -> Status:
         """The state for the page; cheap, callable from any thread."""
@@ -100,7 +102,7 @@ class Engine:
         source = self._source
         if source is None:
             raise ModelError(f"The model is not ready: {self._status.message}")
-        opened = OpenRace(self._submit(lambda: source.race(request)).result(), self._submit)
+        opened = OpenRace(self.submit(lambda: source.race(request)).result(), self.submit)
         self._running[visitor] = opened
         return opened
 
@@ -139,7 +141,8 @@ class Engine:
         if self._status.phase == "failed":
             _log(f"loading failed: {self._status.message}")
 
-    def _submit(self, job: Callable[[], T]) -> Future[T]:
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """Runs a job on the engine's thread, after those before it."""
         future: Future[T] = Future()
         self._jobs.put((future, job))
         return future

@@ -6,6 +6,7 @@ In: an `Engine`. Out: `gr.Blocks`, and the options its `launch` needs.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from typing import Any
 
 import gradio as gr
@@ -19,6 +20,7 @@ from .api import race_endpoint
 from .components import asset, figures, token_view
 from .controls import settings_panel
 from .head import TITLE, Head, routes
+from .lab import lab_tab
 from .server import Guard, Server
 from .theme import style, theme
 from .wiring import DEVICE, QUIET, Page, wire
@@ -47,7 +49,9 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
     feeds = Feeds()
     with Server(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as blocks:
         _html(asset("header.html"), "sd-header")
-        with gr.Row(elem_id="sd-page"):
+        lab = engine.limits.lab
+        tabs = gr.Tabs(elem_id="sd-tabs") if lab else nullcontext()
+        with tabs, gr.Tab("Race") if lab else nullcontext(), gr.Row(elem_id="sd-page"):
             with gr.Column(elem_id="sd-rail", min_width=280, scale=0):
                 prompt = gr.Textbox(
                     label="Prompt",
@@ -81,6 +85,9 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
                 download = gr.DownloadButton(
                     "Download trace (JSON)", size="sm", elem_id="sd-download", interactive=False
                 )
+        if lab:
+            with tabs, gr.Tab("Exactness lab", id="lab"):
+                lab_tab(engine)
         wire(
             engine,
             feeds,
