@@ -1,7 +1,7 @@
 """One measurement of the benchmark as data: one prompt under one condition, once.
 
-In: figures. Out: frozen dataclasses, written as JSON and read back. A file of measurements is JSON Lines: a header, then
-one `Measurement` a line. Every analysis (summaries, the advisor, reports) works on these alone. Imports no torch.
+In: figures. Out: frozen dataclasses, written as JSON and read back. A file of measurements is JSON Lines: a header,
+then one `Measurement` a line. Every analysis (summaries, the advisor, reports) works on these alone. Imports no torch.
 
 Units: seconds, bytes, tokens, tokens per second, joules, nats; shares and rates in [0, 1]; None where a figure does not
 exist or could not be measured. Rounds are counted as in `events.Round`: the first of a lane is the prefill, which emits
@@ -121,7 +121,7 @@ class LaneFigures:
     acceptance_rate: accepted / drafted (vLLM: draft acceptance rate).
     mean_acceptance_length: 1 + accepted / rounds with a draft (vLLM's definition).
     tokens_per_pass: 1 + accepted / rounds, those without a draft included.
-    acceptance_per_position: accepted drafts of position i / rounds with a draft, i = 1…: cumulative (vLLM's definition).
+    acceptance_per_position: accepted drafts of position i ÷ rounds with a draft, i = 1…: cumulative (as vLLM's).
     conditional_acceptance: P(draft i accepted given that i − 1 was), i = 1…, as far as one was tried.
 
     draft_seconds, verify_seconds, other_seconds: means over rounds.
@@ -323,7 +323,7 @@ _RECORDS: dict[str, Any] = {
 
 
 def conditions(measurements: Sequence[Measurement]) -> list[Condition]:
-    """The conditions that were measured: ours before those of peers, then by temperature, rule, drafter, draft length."""
+    """The conditions that were measured: ours first, then by temperature, rule, drafter and draft length."""
     return sorted({m.condition for m in measurements}, key=_sorted_by)
 
 
