@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import check, flags
+from .bench import datasets
 from .errors import ModelError, OutOfMemory, UserError
 from .paths import ASSETS
 from .request import Request
@@ -84,11 +85,11 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Source, Request]:
 def _bench(arguments: argparse.Namespace) -> None:
     settings, choice = _settings(arguments), flags.read(arguments)
     _check_writable(arguments.json)
-    from .bench.method import bench, prompt_ids, read_prompts, summarize, table
+    from .bench.method import bench, prompt_ids, summarize, table
     from .bench.peers import Peers, parse
     from .loading.pair import load_pair
 
-    names, prompts = parse(arguments.peers), read_prompts(arguments.prompts)
+    names, prompts = parse(arguments.peers), datasets.read(arguments.dataset, arguments.path or arguments.prompts)
     pair = load_pair(**choice, progress=_progress)
     rows: list[dict[str, Any]] = []
     with Peers(names, pair, settings, prompt_ids(pair, prompts, settings), _progress) as peers:
@@ -307,7 +308,10 @@ def _parser() -> argparse.ArgumentParser:
     race.add_argument("--keep-system", action="store_true", help="write the system prompt into the trace as well")
     race.set_defaults(run=_race)
     bench = commands.add_parser("bench", help="a file of prompts through both lanes and other engines")
-    bench.add_argument("--prompts", required=True, metavar="FILE", help='JSON Lines of {"id", "category", "prompt"}')
+    which = bench.add_mutually_exclusive_group()
+    which.add_argument("--prompts", metavar="FILE", help='JSON Lines of {"id", "category", "prompt"} (default: ours)')
+    which.add_argument("--dataset", choices=datasets.DATASETS, help="a public set that you have, instead")
+    bench.add_argument("--path", metavar="PATH", help="its file; of speed-bench also its folder")
     bench.add_argument("--peers", default="", metavar="LIST", help="comma-separated: transformers, llama.cpp, openvino")
     bench.add_argument("--json", metavar="OUT", help="write the report as JSON")
     bench.set_defaults(run=_bench)

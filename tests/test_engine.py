@@ -21,7 +21,8 @@ import spec_decode
 from spec_decode import decode
 from spec_decode import target as target_module
 from spec_decode.__main__ import main
-from spec_decode.bench.method import bench, read_prompts, summarize, table
+from spec_decode.bench.datasets import read_prompts
+from spec_decode.bench.method import bench, summarize, table
 from spec_decode.cache import RollbackCache, bucket
 from spec_decode.cpu import llama as cpu
 from spec_decode.decode import Prefill

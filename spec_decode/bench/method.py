@@ -6,13 +6,10 @@ as an object and as tables.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from ..errors import UserError
 from ..events import SPECULATIVE, Costs
 from ..loading.pair import Pair
 from ..metrics import acceptance_rate, race_report, tokens_per_pass
@@ -20,39 +17,6 @@ from ..request import Request
 from ..settings import Settings
 from ..sources.local import Race
 from .peers import Peers
-
-
-def read_prompts(path: str | Path) -> list[dict[str, str]]:
-    """The prompts of a JSON Lines file.
-
-    Raises:
-        UserError: the file cannot be read or is not UTF-8, or a line is not an object with "id", "category" and
-            "prompt", or its prompt is empty.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(f"Cannot read the prompts: {error}.") from error
-    except ValueError as error:
-        raise UserError(f"Cannot read the prompts: {path} is not UTF-8 text ({error}).") from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)
-            prompts.append({key: str(prompt[key]) for key in ("id", "category", "prompt")})
-            text = prompt["prompt"] if isinstance(prompt["prompt"], str) else ""
-            text.encode()
-        except UnicodeEncodeError:
-            text = ""
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f'{path}, line {number}: not an object with "id", "category" and "prompt".') from error
-        if not text.strip():
-            raise UserError(f"{path}, line {number}: the prompt is empty or no text.")
-    if not prompts:
-        raise UserError(f"{path} holds no prompts.")
-    return prompts
 
 
 def bench(
