@@ -26,7 +26,7 @@ class Condition:
 
     draft_length: γ from 1 to 16, or a policy, "adaptive" or "rate"; 0 for an engine that decodes without a draft.
     drafter: its name, as `Source.drafters` has it; empty for an engine that decodes without a draft.
-    rule: name of the verification rule (`rules.RULES`) that decides at this temperature; empty for other engines.
+    rule: name of the verification rule that decides at this temperature (`Settings.deciding`); empty for other engines.
     temperature: 0 is greedy decoding.
     context: tokens that the prompt was extended to, None where it was left as it is.
     turn: of a conversation, from 1; None outside of one.
@@ -105,6 +105,7 @@ class LaneFigures:
     """One lane of a race, or the run of a peer. Names are vLLM's where the definition is vLLM's.
 
     token_ids: the output.
+    text: the output as text; empty for peers.
     finish: why it ended: "stop", "length", "time", or "" where an engine does not say.
     rounds: the prefill first; empty for peers.
 
@@ -125,12 +126,13 @@ class LaneFigures:
     conditional_acceptance: P(draft i accepted given that i − 1 was), i = 1…, as far as one was tried.
 
     draft_seconds, verify_seconds, other_seconds: means over rounds.
-    bandwidth: bytes of the target's weights ÷ mean `verify_seconds`, bytes per second, one read of all weights a pass.
-    bandwidth_share: of what was measured on this machine, or of the card's own figure; see the header.
-    cpu_utilization: CPU time of our process ÷ (time · usable cores).
-    gpu_utilization: share of the time in which a kernel ran (NVML).
-    peak_memory: bytes; on the CPU the resident memory of the process, on a GPU what PyTorch had allocated.
-    energy: joules of the processor or card, its idle power included.
+    bandwidth: `ModelSize.read` of the target ÷ mean `verify_seconds`, bytes per second; keys and values not counted.
+    bandwidth_share: of what a read of a large buffer reaches on this machine; see the header of the file.
+    cpu_utilization: CPU time of our process ÷ (time · usable cores), after the prefill.
+    gpu_utilization: share of the time in which a kernel ran (NVML), of both lanes together.
+    peak_memory: bytes after the prefill; on the CPU the resident memory of the process, on a GPU what PyTorch had
+        allocated. The other lane's cache is in it.
+    energy: joules of the processor or card after the prefill, its idle power included.
 
     refused_share: tokens a lossy rule let through and the exact rule would have refused ÷ tokens after the prefill.
     mean_kl: mean over rounds of `RoundFigures.kl`, in nats.
@@ -139,6 +141,7 @@ class LaneFigures:
     """
 
     token_ids: tuple[int, ...]
+    text: str = ""
     finish: str = ""
     rounds: tuple[RoundFigures, ...] = ()
     time_to_first_token: float | None = None
@@ -206,10 +209,12 @@ class LaneFigures:
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """A model's parameters, and the bytes that they take as it is loaded."""
+    """A model's parameters, the bytes that they take as it is loaded, and those of them that one pass reads: all but
+    the input embeddings, of which a pass reads a row for each token. None where a pass reads some experts only."""
 
     parameters: int
     bytes: int
+    read: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,15 +229,6 @@ class MachineState:
     load: float | None = None
     frequency: float | None = None
     others_busy: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """A peer's greedy text against that of our target, for the same prompt ids: whether they are the same, and how many
-    tokens they have in common before they part."""
-
-    identical: bool
-    common_prefix: int
 
 
 @dataclass(frozen=True)
@@ -257,7 +253,6 @@ class Measurement:
     target: size of the target.
     drafter: size of the drafter; None where it has no weights.
     machine: its state during the measurement.
-    agreement: of a peer at temperature 0.
     """
 
     condition: Condition
@@ -276,7 +271,6 @@ class Measurement:
     target: ModelSize | None = None
     drafter: ModelSize | None = None
     machine: MachineState = field(default_factory=MachineState)
-    agreement: Agreement | None = None
 
     @property
     def baseline(self) -> LaneFigures:
@@ -318,7 +312,6 @@ _RECORDS: dict[str, Any] = {
     "target": ModelSize,
     "drafter": ModelSize,
     "machine": MachineState,
-    "agreement": Agreement,
 }
 
 

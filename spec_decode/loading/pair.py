@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Unpack
 
 import torch
+from transformers import PreTrainedModel
 
 from .. import sampling
 from ..drafters import Drafter
@@ -68,6 +69,11 @@ class Pair:
     @property
     def drafter(self) -> Drafter:
         return self._loaded.drafter
+
+    @property
+    def drafter_model(self) -> PreTrainedModel | None:
+        """The weights that were loaded for the drafter, None for one without any."""
+        return self._loaded.model
 
     @property
     def drafters(self) -> tuple[str, ...]:
