@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import check, flags
-from .bench import datasets
+from .bench import command
 from .errors import ModelError, OutOfMemory, UserError
 from .paths import ASSETS
 from .request import Request
@@ -83,29 +83,14 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Source, Request]:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    settings, choice = _settings(arguments), flags.read(arguments)
-    _check_writable(arguments.json)
-    from .bench.method import bench, prompt_ids, summarize, table
-    from .bench.peers import Peers, parse
-    from .loading.pair import load_pair
+    if arguments.update_readme:
+        from .bench.readme import update
 
-    names, prompts = parse(arguments.peers), datasets.read(arguments.dataset, arguments.path or arguments.prompts)
-    pair = load_pair(**choice, progress=_progress)
-    rows: list[dict[str, Any]] = []
-    with Peers(names, pair, settings, prompt_ids(pair, prompts, settings), _progress) as peers:
-        for row in bench(pair, prompts, settings, peers):
-            rows.append(row)
-            _progress(f"{len(rows)} of {len(prompts)} prompts")
-        others = peers.report()
-    summary = summarize(rows)
-    print(table(rows, summary, pair.costs, others))
-    if arguments.json:
-        costs = pair.costs.to_dict() if pair.costs else None
-        report = {"pair": pair.info, "machine": pair.machine, "settings": settings.to_dict(), "costs": costs}
-        text = json.dumps(
-            {**report, "peers": others, "summary": summary, "prompts": rows}, indent=1, ensure_ascii=False
-        )
-        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+        update()
+        return
+    from .bench.command import run
+
+    run(arguments, _settings(arguments), _progress, _check_writable)
 
 
 def _train_drafter(arguments: argparse.Namespace) -> None:
@@ -308,12 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     race.add_argument("--keep-system", action="store_true", help="write the system prompt into the trace as well")
     race.set_defaults(run=_race)
     bench = commands.add_parser("bench", help="a file of prompts through both lanes and other engines")
-    which = bench.add_mutually_exclusive_group()
-    which.add_argument("--prompts", metavar="FILE", help='JSON Lines of {"id", "category", "prompt"} (default: ours)')
-    which.add_argument("--dataset", choices=datasets.DATASETS, help="a public set that you have, instead")
-    bench.add_argument("--path", metavar="PATH", help="its file; of speed-bench also its folder")
-    bench.add_argument("--peers", default="", metavar="LIST", help="comma-separated: transformers, llama.cpp, openvino")
-    bench.add_argument("--json", metavar="OUT", help="write the report as JSON")
+    command.add_arguments(bench)
     bench.set_defaults(run=_bench)
     listing = commands.add_parser("models", help="the pairs known by name, and which of them fit")
     listing.add_argument("--memory", metavar="GB", help="of the card to fit (default: what is free on this machine)")
@@ -321,17 +301,17 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_models)
     _add_training(commands.add_parser("train-drafter", help="an MTP drafter for any target, from its own texts"))
     check.add_commands(commands)
-    for command in (race, bench):
+    for both in (race, bench):
         defaults = Settings()
-        flags.add(command)
-        command.add_argument("--draft-length", default="adaptive", metavar="N", help="1…16, adaptive (default), rate")
-        command.add_argument("--temperature", default=defaults.temperature, metavar="T", help="0 (default) is greedy")
-        command.add_argument("--top-p", default=defaults.top_p, metavar="P")
-        command.add_argument("--top-k", default=defaults.top_k, metavar="K")
-        command.add_argument("--rule", choices=tuple(RULES), help="greedy at temperature 0, else coupled")
-        command.add_argument("--lenience", default=defaults.lenience, metavar="L", help="for lossy rules")
-        command.add_argument("--max-new-tokens", default=defaults.max_new_tokens, metavar="N")
-        command.add_argument("--seed", default=defaults.seed, metavar="N")
+        flags.add(both)
+        both.add_argument("--draft-length", default="adaptive", metavar="N", help="1…16, adaptive (default), rate")
+        both.add_argument("--temperature", default=defaults.temperature, metavar="T", help="0 (default) is greedy")
+        both.add_argument("--top-p", default=defaults.top_p, metavar="P")
+        both.add_argument("--top-k", default=defaults.top_k, metavar="K")
+        both.add_argument("--rule", choices=tuple(RULES), help="greedy at temperature 0, else coupled")
+        both.add_argument("--lenience", default=defaults.lenience, metavar="L", help="for lossy rules")
+        both.add_argument("--max-new-tokens", default=defaults.max_new_tokens, metavar="N")
+        both.add_argument("--seed", default=defaults.seed, metavar="N")
     return parser
 
 

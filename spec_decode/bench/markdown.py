@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-
 Report = dict[str, Any]
 
 
@@ -116,7 +115,10 @@ def categories(condition: dict[str, Any]) -> Iterator[str]:
 
 def rounds(report: Report) -> Iterator[str]:
     """Milliseconds of a round, and what the weights' bytes make of them."""
-    yield "| lane | draft ms | verify ms | other ms | other, share | bandwidth GB/s | of this machine's | CPU | GPU | peak GB | energy J |"
+    yield (
+        "| lane | draft ms | verify ms | other ms | other, share | bandwidth GB/s | of this machine's | CPU | GPU "
+        "| peak GB | energy J |"
+    )
     yield "| --- |" + " ---: |" * 10
     for name, lane in _lanes(report):
         times = [lane[f"{part}_seconds"] for part in ("draft", "verify", "other")]
