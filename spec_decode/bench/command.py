@@ -131,9 +131,9 @@ def run(
     bench = Bench(source, _named(wanted, source.drafters[0]), prompts, instruments, say=say)
     bench.check()
     say("Warming up …")
-    trace = bench.warm_up()
+    traces = bench.warm_up()
     bandwidth = read_bandwidth(pair.info["device"])
-    header = _header(bench, trace, {"bandwidth": bandwidth, "missing": gauges.missing})
+    header = _header(bench, traces, {"bandwidth": bandwidth, "missing": gauges.missing})
     path = _raw(arguments, header)
     with Record(path, header) as record:
         found = record.contents
@@ -156,7 +156,7 @@ def _measure(bench: Bench, record: Record, names: Sequence[str], pair: Pair, say
     from .peers import Peers
 
     found = record.contents
-    record.note("warm_up", bench.warmed + found.notes.get("warm_up", 0))
+    before = found.notes.get("warm_up", 0)
     with ExitStack() as stack:
         peers = None
         if any(task.condition.peer for task in bench.left(found.measurements)):
@@ -184,18 +184,21 @@ def _measure(bench: Bench, record: Record, names: Sequence[str], pair: Pair, say
         finally:
             if peers is not None:
                 record.note("peers", peers.report())
+            record.note("warm_up", before + bench.warmed)
     record.note("end", datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
 
-def _header(bench: Bench, trace: Trace, instruments: dict[str, Any]) -> dict[str, Any]:
-    """What a file says of its measurements."""
+def _header(bench: Bench, traces: dict[str, Trace], instruments: dict[str, Any]) -> dict[str, Any]:
+    """What a file says of its measurements. traces: of a race with each drafter."""
+    trace = next(iter(traces.values()))
+    revisions = {name: found.pair.get("revisions", {}).get("drafter") for name, found in traces.items()}
     told = json.dumps(bench.prompts, ensure_ascii=False, sort_keys=True).encode()
     plan = bench.grid.to_dict() | {"prompts": len(bench.prompts), "sha256": hashlib.sha256(told).hexdigest()}
     machine = trace.machine
     return {
         "command": f"python -m spec_decode {shlex.join(sys.argv[1:])}",
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "pair": trace.pair,
+        "pair": {**trace.pair, "drafters": revisions},
         "machine": {name: machine[name] for name in FIXED if name in machine},
         "setup": {name: value for name, value in machine.items() if name not in FIXED},
         "versions": trace.versions,

@@ -5,10 +5,15 @@ In: the object of `summary.report`. Out: text. Imports no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 Report = dict[str, Any]
+
+PAYS, SPEEDUP, CATEGORIES, ROUNDS = "Does it pay?", "Speedup", "By category", "Where the time of a round goes"
+LATENCY, ACCEPTANCE, PEERS = "Latency", "Acceptance", "Other engines"
+MACHINE, PROMPTS = "The machine", "Prompts"
 
 
 def markdown(report: Report, advice: Sequence[str] = ()) -> str:
@@ -17,29 +22,39 @@ def markdown(report: Report, advice: Sequence[str] = ()) -> str:
     Args:
         advice: the advisor's paragraphs.
     """
-    parts = [*ran(report), ""]
+    parts = [f"# {title(report)}", "", *ran(report)]
+    for head, lines in sections(report, advice):
+        parts += ["", f"## {head}", "", *lines]
+    return "\n".join(parts) + "\n"
+
+
+def sections(report: Report, advice: Sequence[str] = ()) -> Iterator[tuple[str, list[str]]]:
+    """Title and lines of each part of the report that has something to say."""
+    told = report["conditions"]
     if advice:
-        parts += ["## Does it pay?", "", *(line for paragraph in advice for line in (paragraph, ""))]
-    parts += ["## Speedup", "", *headline(report), "", *sentences(report)]
-    if any(len(c["categories"]) > 1 for c in report["conditions"]):
-        parts += ["", "## By category", ""]
-        for condition in report["conditions"]:
-            parts += [f"{condition['label']}:", "", *categories(condition), ""]
-    parts += ["", "## Where the time of a round goes", "", *rounds(report), "", "## Latency", "", *latency(report)]
-    if any(c["lanes"]["speculative"]["drafted"] for c in report["conditions"]):
-        parts += ["", "## Acceptance", "", *acceptance(report)]
-    parts += ["", "## The machine", "", *machine(report)]
+        yield PAYS, "\n\n".join(advice).split("\n")
+    yield SPEEDUP, [*headline(report), "", *sentences(report)]
+    if any(len(c["categories"]) > 1 for c in told):
+        yield CATEGORIES, [line for c in told for line in (f"{c['label']}:", "", *categories(c), "")][:-1]
+    yield ROUNDS, [*rounds(report)]
+    yield LATENCY, [*latency(report)]
+    if any(c["lanes"]["speculative"]["drafted"] for c in told):
+        yield ACCEPTANCE, [*acceptance(report)]
     if report["peers"]:
-        parts += ["", "## Other engines", "", *peers(report), *peer_settings(report)]
-    parts += ["", "## Prompts", "", *prompts(report)]
-    return "\n".join(parts).replace("\n\n\n", "\n\n") + "\n"
+        yield PEERS, [*peers(report), *peer_settings(report)]
+    yield MACHINE, "\n\n".join(machine(report)).split("\n")
+    yield PROMPTS, [*prompts(report)]
+
+
+def title(report: Report) -> str:
+    """Of the whole report."""
+    drafters = dict.fromkeys(c["condition"]["drafter"] for c in report["conditions"])
+    return f"Benchmark of {(report['pair'] or {}).get('target')} with {' and '.join(drafters) or 'no drafter'}"
 
 
 def ran(report: Report) -> Iterator[str]:
     """What was run, on what, and how much of it."""
     pair, machine, versions, plan = (report[key] or {} for key in ("pair", "machine", "versions", "plan"))
-    yield f"# Benchmark of {pair.get('target')} with {pair.get('drafter')}"
-    yield ""
     where = machine.get("gpu") or machine.get("processor") or "unknown machine"
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     cores = f", {machine['cores']} cores" if machine.get("cores") else ""
@@ -65,7 +80,7 @@ def headline(report: Report) -> Iterator[str]:
     for c in report["conditions"]:
         base, fast = c["lanes"]["baseline"], c["lanes"]["speculative"]
         speedup = c["speedup"]
-        worst = f"{speedup['worst']:.2f}× ({speedup['worst_prompt']})" if speedup else "–"
+        worst = f"{speedup['worst']:.2f}× ({cell(speedup['worst_prompt'])})" if speedup else "–"
         same = "not claimed" if c["identical"] is None else f"{c['identical']} of {c['measurements']}"
         yield (
             f"| {c['label']} | {interval(speedup)} | {worst} | {interval(c['end_to_end_speedup'])} "
@@ -105,7 +120,8 @@ def categories(condition: dict[str, Any]) -> Iterator[str]:
         "acceptance_rate": lanes["speculative"]["acceptance_rate"],
         "tokens_per_pass": lanes["speculative"]["tokens_per_pass"],
     }
-    for category, found in [*condition["categories"].items(), ("**all**", over_all)]:
+    named = [(cell(category), found) for category, found in condition["categories"].items()]
+    for category, found in [*named, ("**all**", over_all)]:
         yield (
             f"| {category} | {found['prompts']} | {show(found['baseline'], 1)} | {show(found['speculative'], 1)} "
             f"| {interval(found['speedup'])} | {show(found['acceptance_rate'], 2)} "
@@ -214,7 +230,7 @@ def peers(report: Report) -> Iterator[str]:
         yield "| --- | --- |" + " ---: |" * 6
     for peer in found:
         facts, texts, rate = peer["facts"], peer["agreement"], peer["tokens_per_second"]
-        ours = "<br>".join(f"{name}: {interval(ratio)}" for name, ratio in peer["speculative"].items())
+        ours = "; ".join(f"{name}: {interval(ratio)}" for name, ratio in peer["speculative"].items())
         if len(peer["speculative"]) == 1:
             ours = interval(next(iter(peer["speculative"].values())))
         same = f"{texts['identical']} of {texts['texts']}" if texts["texts"] else "–"
@@ -259,8 +275,8 @@ def prompts(report: Report) -> Iterator[str]:
     yield "| --- | --- | --- |" + " ---: |" * 7
     for row in report["prompts"]:
         yield (
-            f"| {row['id']} | {row['category']} | {report['conditions'][row['condition']]['label']} | {row['tokens']} "
-            f"| {show(row['baseline'], 1)} | {show(row['speculative'], 1)} | {show(row['speedup'], 2)}× "
+            f"| {cell(row['id'])} | {cell(row['category'])} | {report['conditions'][row['condition']]['label']} "
+            f"| {row['tokens']} | {show(row['baseline'], 1)} | {show(row['speculative'], 1)} | {show(row['speedup'], 2)}× "
             f"| {show(row['acceptance_rate'], 2)} | {show(row['tokens_per_pass'], 2)} "
             f"| {'yes' if row['identical'] else 'no'} |"
         )
@@ -272,6 +288,11 @@ def _lanes(report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
         if i == 0:
             yield "baseline", c["lanes"]["baseline"]
         yield c["label"], c["lanes"]["speculative"]
+
+
+def cell(text: str) -> str:
+    """A name from a file, such as that of a prompt, as it stands in a table."""
+    return " ".join(re.sub(r"([\\|*`<])", r"\\\1", text).split())
 
 
 def interval(estimate: dict[str, Any] | None) -> str:

@@ -98,23 +98,22 @@ class Bench:
         finally:
             race.close()
 
-    def warm_up(self) -> Trace:
+    def warm_up(self) -> dict[str, Trace]:
         """Races a few tokens under each drafter, draft length, rule and temperature, which nobody counts, and returns
-        the last of these races.
+        the last of these races for each drafter.
 
         Raises:
             UserError: the source refuses one of the conditions.
         """
-        trace = None
+        traces = {}
         for drafter in self.grid.drafters:
             for condition in dict.fromkeys(
                 Condition(c.draft_length, drafter, c.rule, c.temperature)
                 for c in self.grid.conditions()
                 if c.drafter == drafter and not c.peer
             ):
-                trace = self._warm(self.grid.settings_of(condition, 0), drafter)
-        assert trace is not None  # a grid has a condition of ours
-        return trace
+                traces[drafter] = self._warm(self.grid.settings_of(condition, 0), drafter)
+        return traces
 
     def _warm(self, settings: Settings, drafter: str) -> Trace:
         short = Settings(**{**settings.to_dict(), "max_new_tokens": WARM_UP_TOKENS})

@@ -43,8 +43,10 @@ def sizes(pair: Pair) -> tuple[ModelSize, ModelSize | None]:
 
 
 def _parameters(config: Any) -> int:
-    """Of a model without storage: one that is quantized has fewer tensors of its own."""
-    return sum(weight.numel() for weight in memory.empty(config).parameters())
+    """Of a model without storage: one that is quantized has fewer tensors of its own. A head that is the target's does
+    not count."""
+    shared = "lm_head." if getattr(config, "shares_target_head", False) else "\0"
+    return sum(w.numel() for name, w in memory.empty(config).named_parameters() if not name.startswith(shared))
 
 
 def _held(part: Any) -> dict[int, int]:

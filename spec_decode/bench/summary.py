@@ -58,7 +58,7 @@ def report(contents: Contents, raw: str) -> dict[str, Any]:
         "finished": contents.ended,
         "planned": header.get("planned"),
         "measured": len(found),
-        "warm_up_races": notes.get("warm_up", header.get("warm_up_races")),
+        "warm_up_races": notes.get("warm_up"),
         "raw": raw,
         "models": _models(ours),
         "conditions": [_condition(c, told, [m for m in ours if m.condition == c]) for c in told],
