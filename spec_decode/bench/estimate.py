@@ -15,7 +15,7 @@ import numpy as np
 
 from ..metrics import LEVEL, student
 
-REPLICATES = 2000
+REPLICATES = 1000
 FEW = 6  # prompts; below, resampling them is no estimate of their spread
 
 

@@ -100,7 +100,7 @@ def sentences(report: Report) -> Iterator[str]:
         kl, refused = (c["lanes"]["speculative"][name] for name in ("mean_kl", "refused_share"))
         if kl is not None:
             yield (
-                f"- {c['label']} is lossy: KL divergence from the target {kl:.4f} nats a round, {refused:.1%} of the "
+                f"- {c['label']} is lossy: KL divergence from the target {kl:.4f} nats a round, {100 * refused:.1f} % of the "
                 "tokens would have been refused by the exact rule."
             )
         if c["condition"]["synthetic_acceptance"] is not None:
@@ -203,7 +203,9 @@ def machine(report: Report) -> Iterator[str]:
         low, high = spread["frequency"]["lowest"] / 1e9, spread["frequency"]["highest"] / 1e9
         facts.append(f"clock {low:.2f} to {high:.2f} GHz")
     if spread["baseline"] is not None:
-        facts.append(f"the baseline differs by {spread['baseline']:.1%} between measurements of the same prompt")
+        facts.append(
+            f"the baseline differs by {100 * spread['baseline']:.1f} % between measurements of the same prompt"
+        )
     if facts:
         said = ", ".join(facts)
         yield f"{said[0].upper()}{said[1:]}."
@@ -276,8 +278,8 @@ def prompts(report: Report) -> Iterator[str]:
     for row in report["prompts"]:
         yield (
             f"| {cell(row['id'])} | {cell(row['category'])} | {report['conditions'][row['condition']]['label']} "
-            f"| {row['tokens']} | {show(row['baseline'], 1)} | {show(row['speculative'], 1)} | {show(row['speedup'], 2)}× "
-            f"| {show(row['acceptance_rate'], 2)} | {show(row['tokens_per_pass'], 2)} "
+            f"| {row['tokens']} | {show(row['baseline'], 1)} | {show(row['speculative'], 1)} "
+            f"| {show(row['speedup'], 2)}× | {show(row['acceptance_rate'], 2)} | {show(row['tokens_per_pass'], 2)} "
             f"| {'yes' if row['identical'] else 'no'} |"
         )
 
@@ -311,4 +313,4 @@ def show(value: float | None, digits: int, scale: float = 1.0) -> str:
 
 def percent(value: float | None) -> str:
     """A share, or a dash."""
-    return "–" if value is None else f"{value:.1%}"
+    return "–" if value is None else f"{100 * value:.1f} %"

@@ -164,7 +164,7 @@ def times(report: Report) -> Figure:
         }
         for kind, name, color in kinds
     ]
-    layout = _layout("milliseconds of a round, median over prompts", len(lanes), reference=None)
+    layout = _layout("ms of a round, median over prompts", len(lanes), reference=None)
     return {"data": data, "layout": layout | {"barmode": "stack", "bargap": 0.35}}
 
 
@@ -195,6 +195,6 @@ def _layout(axis: str, rows: int, reference: str | None = "x") -> dict[str, Any]
         "xaxis": {"title": {"text": axis}, "automargin": True},
         "yaxis": {"automargin": True, "type": "category"},
         "shapes": [line | ends] if reference else [],
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
         "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
     }

@@ -1,7 +1,7 @@
 """The README's tables of figures, written from the files in docs/benchmarks.
 
-In: a text with markers, and JSON reports of `bench`. Out: the same text with the lines between the markers written anew.
-A marker names a file, a table and, for a table of one condition, its label:
+In: a text with markers, and JSON reports of `bench`. Out: the same text, the lines between the markers written anew. A
+marker names a file, a table and, for a table of one condition, its label:
 
     <!-- benchmark: cpu.json categories adaptive -->
     …

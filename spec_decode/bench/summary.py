@@ -170,24 +170,24 @@ def _words(speedup: Estimate | None, drafted: int, between: float | None, repeat
     """The verdict in a sentence, and where there is none, what would be needed."""
     if speedup is None:
         return "No text is long enough for a rate."
-    percent = f"{abs(speedup.median - 1):.0%}"
+    off = percent(abs(speedup.median - 1))
     side = "faster" if speedup.median >= 1 else "slower"
     if not drafted:
         return "Nothing was drafted, so both lanes decode alike."
     if speedup.settled is None:
-        return f"{percent} {side}, with too few measurements for an interval: at least three prompts or repeats."
+        return f"{off} {side}, with too few measurements for an interval: at least three prompts or repeats."
     if speedup.settled != "around":
         worst = f"; the worst prompt, {speedup.worst_prompt}, runs at {speedup.worst:.2f}×"
-        return f"{percent} {side} in the median of {speedup.prompts} prompts{worst}."
+        return f"{off} {side} in the median of {speedup.prompts} prompts{worst}."
     if between is not None and between > abs(speedup.median - 1):
         return (
-            f"This run cannot tell: the speedup of the same prompt differs by {between:.0%} from repeat to repeat, and "
-            f"that drowns a difference of {percent}."
+            f"This run cannot tell: the speedup of the same prompt differs by {percent(between)} from repeat to repeat, "
+            f"and that drowns a difference of {off}."
         )
     why = "" if repeats > 1 else ", and one repeat does not show the noise of the machine"
     return (
         f"This run cannot tell: prompts differ from {speedup.worst:.2f}× to {speedup.best:.2f}×, and "
-        f"{speedup.prompts} are too few to settle a difference of {percent}{why}."
+        f"{speedup.prompts} are too few to settle a difference of {off}{why}."
     )
 
 
@@ -204,7 +204,7 @@ def spread(found: Sequence[Measurement]) -> dict[str, Any]:
     words = []
     if steps is not None and steps > NOISY:
         words.append(
-            f"The baseline's own speed differs by {steps:.0%} between measurements of the same prompt. Ratios are "
+            f"The baseline's own speed differs by {percent(steps)} between measurements of the same prompt. Ratios are "
             "taken within a race and move less than rates, which hold for this run only."
         )
     if busy and median(busy) > BUSY:
@@ -334,6 +334,11 @@ def _quantiles(values: Iterable[float | None]) -> dict[str, float] | None:
     if not present:
         return None
     return dict(zip(("p50", "p95", "p99"), np.percentile(present, [50, 95, 99]).tolist(), strict=True))
+
+
+def percent(share: float) -> str:
+    """A share in words."""
+    return f"{100 * share:.0f} %"
 
 
 def _dict(found: Estimate | None) -> dict[str, Any] | None:
