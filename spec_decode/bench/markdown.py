@@ -144,6 +144,16 @@ def rounds(report: Report) -> Iterator[str]:
         cells += [percent(lane["bandwidth_share"]), percent(lane["cpu_utilization"]), percent(lane["gpu_utilization"])]
         cells += [show(lane["peak_memory"], 2, 1e-9), show(lane["energy"], 1)]
         yield f"| {name} | " + " | ".join(cells) + " |"
+    for drafter, costs in report["costs"].items():
+        ratios = costs["verify_ratio"]
+        passes = ", ".join(f"{g + 1} tokens {ratios[g]:.2f}×" for g in (1, 2, 4, 8, 16) if g < len(ratios))
+        first = costs["draft_start"] + costs["draft_ratio"]
+        yield ""
+        yield (
+            f"Measured when {drafter} was loaded: a target pass over 1 token {costs['step_seconds'] * 1e3:.1f} ms; "
+            f"relative to it {passes}, the first draft step of a round {first:.3f}×, the others "
+            f"{costs['draft_ratio']:.3f}×."
+        )
 
 
 def latency(report: Report) -> Iterator[str]:

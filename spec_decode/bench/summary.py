@@ -61,6 +61,7 @@ def report(contents: Contents, raw: str) -> dict[str, Any]:
         "warm_up_races": notes.get("warm_up"),
         "raw": raw,
         "models": _models(ours),
+        "costs": {m.condition.drafter: m.costs.to_dict() for m in reversed(ours) if m.costs},
         "conditions": [_condition(c, told, [m for m in ours if m.condition == c]) for c in told],
         "peers": _peers(peers, ours, notes.get("peers", {})),
         "spread": spread(ours),
