@@ -1,5 +1,5 @@
-"""`python -m spec_decode bench`: from the options to the reports, on a tiny model; the reports themselves, the page in a
-browser, and the README's tables."""
+"""`python -m spec_decode bench`: from the options to the reports, on a tiny model; the page in a browser; the README's
+tables."""
 
 from __future__ import annotations
 
@@ -264,15 +264,14 @@ def test_tables_are_written_between_their_markers(measured: Path, tmp_path: Path
     shutil.copy(measured / "r.json", tmp_path)
     file = tmp_path / "README.md"
     begin = "<!-- benchmark: r.json {} -->\n"
-    file.write_text(
-        f"# A\n\n{begin.format('headline')}old\n{readme.END}\n\n{begin.format('categories γ = 2')}{readme.END}\nZ\n"
-    )
+    one, other = begin.format("headline"), begin.format("categories γ = 2")
+    file.write_text(f"# A\n\n{one}old\n{readme.END}\n\n{other}{readme.END}\nZ\n", encoding="utf-8")
     assert readme.update(file, tmp_path)
     text = file.read_text(encoding="utf-8")
     assert text.startswith(f"# A\n\n{one}| condition |") and text.endswith(f"{readme.END}\nZ\n")
     assert "old" not in text and "| **all** | 3 |" in text
     assert not readme.update(file, tmp_path)  # nothing is left to change
-    file.write_text(text.replace("| **all** | 3 |", "| **all** | 4 |"))
+    file.write_text(text.replace("| **all** | 3 |", "| **all** | 4 |"), encoding="utf-8")
     assert readme.update(file, tmp_path) and file.read_text(encoding="utf-8") == text
 
 

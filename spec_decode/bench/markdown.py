@@ -6,6 +6,7 @@ In: the object of `summary.report`. Out: text. Imports no torch.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ Report = dict[str, Any]
 PAYS, SPEEDUP, CATEGORIES, ROUNDS = "Does it pay?", "Speedup", "By category", "Where the time of a round goes"
 LATENCY, ACCEPTANCE, PEERS = "Latency", "Acceptance", "Other engines"
 MACHINE, PROMPTS = "The machine", "Prompts"
+SHARED = ("temperature", "context", "turn", "batch")  # what a baseline depends on, as labels begin with it
 
 
 def markdown(report: Report, advice: Sequence[str] = ()) -> str:
@@ -62,9 +64,10 @@ def ran(report: Report) -> Iterator[str]:
     yield ""
     yield f"`{report['command']}`"
     yield ""
+    often = "once" if plan.get("repeats") == 1 else f"{plan.get('repeats')} times"
     yield (
         f"{report['measured']} of {report['planned']} measurements of {plan.get('prompts')} prompts, "
-        f"{plan.get('repeats')} times each, in an order shuffled by the seed {plan.get('order_seed')}; "
+        f"{often} each, in an order shuffled by the seed {plan.get('order_seed')}; "
         f"{report['warm_up_races']} warm-up races discarded. Raw measurements: {report['raw']}."
         + ("" if report["finished"] else " **The run was not finished.**")
     )
@@ -92,7 +95,7 @@ def headline(report: Report) -> Iterator[str]:
 def sentences(report: Report) -> Iterator[str]:
     """The verdicts in words."""
     for c in report["conditions"]:
-        yield f"- {c['label']}: {c['words']}"
+        yield f"- {c['label']}: {cell(c['words'])}"
         if c["same_text"] and c["identical"] != c["measurements"]:
             yield f"- {c['label']}: **the lanes must emit the same text, and did not always.** That is a fault."
         if looping := c["lanes"]["speculative"]["looping_texts"]:
@@ -100,8 +103,8 @@ def sentences(report: Report) -> Iterator[str]:
         kl, refused = (c["lanes"]["speculative"][name] for name in ("mean_kl", "refused_share"))
         if kl is not None:
             yield (
-                f"- {c['label']} is lossy: KL divergence from the target {kl:.4f} nats a round, {100 * refused:.1f} % of the "
-                "tokens would have been refused by the exact rule."
+                f"- {c['label']} is lossy: KL divergence from the target {kl:.4f} nats a round, and the exact rule "
+                f"would have refused {100 * refused:.1f} % of the tokens."
             )
         if c["condition"]["synthetic_acceptance"] is not None:
             yield f"- {c['label']}: verdicts were drawn, not made; texts mean nothing and no exactness is claimed."
@@ -136,7 +139,7 @@ def rounds(report: Report) -> Iterator[str]:
         "| peak GB | energy J |"
     )
     yield "| --- |" + " ---: |" * 10
-    for name, lane in _lanes(report):
+    for name, lane in lanes(report):
         times = [lane[f"{part}_seconds"] for part in ("draft", "verify", "other")]
         total = sum(time or 0.0 for time in times)
         share = (times[2] or 0.0) / total if total else None
@@ -163,7 +166,7 @@ def latency(report: Report) -> Iterator[str]:
         "| over requests (vLLM) p50 | p95 | p99 | inter-token latency p50 | p99 | output tok/s, end to end |"
     )
     yield "| --- |" + " ---: |" * 11
-    for name, lane in _lanes(report):
+    for name, lane in lanes(report):
         token, chunk = lane["time_per_output_token"], lane["inter_token_latency"]
         over = lane["over_requests"]["time_per_output_token"] or {}
         cells = [show(lane["time_to_first_token"], 1, 1e3), *(show(token[p], 2, 1e3) for p in token)]
@@ -294,12 +297,16 @@ def prompts(report: Report) -> Iterator[str]:
         )
 
 
-def _lanes(report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The baseline of the first condition, and the speculative lane of each."""
-    for i, c in enumerate(report["conditions"]):
-        if i == 0:
-            yield "baseline", c["lanes"]["baseline"]
-        yield c["label"], c["lanes"]["speculative"]
+def lanes(report: Report) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and figures of the lanes: the speculative one of every condition, and before those that share a temperature,
+    a context, a turn and a batch size, the baseline."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for c in report["conditions"]:
+        groups[tuple(c["condition"][name] for name in ("temperature", "context", "turn", "batch_size"))].append(c)
+    for group in groups.values():
+        parts = [part for part in group[0]["label"].split(", ") if part.split(" ")[0] in SHARED]
+        yield ", ".join(["baseline", *(parts if len(groups) > 1 else [])]), group[0]["lanes"]["baseline"]
+        yield from ((c["label"], c["lanes"]["speculative"]) for c in group)
 
 
 def cell(text: str) -> str:

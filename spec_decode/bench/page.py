@@ -144,8 +144,7 @@ def by_category(report: Report) -> Figure:
 
 def times(report: Report) -> Figure:
     """Milliseconds of a round: draft, target pass and verification, the rest."""
-    lanes = [("baseline", report["conditions"][0]["lanes"]["baseline"])] if report["conditions"] else []
-    lanes += [(c["label"], c["lanes"]["speculative"]) for c in report["conditions"]]
+    lanes = list(text.lanes(report))
     lanes.reverse()
     kinds = (
         ("draft", "draft", "series0"),

@@ -182,8 +182,8 @@ def _words(speedup: Estimate | None, drafted: int, between: float | None, repeat
         return f"{off} {side} in the median of {speedup.prompts} prompts{worst}."
     if between is not None and between > abs(speedup.median - 1):
         return (
-            f"This run cannot tell: the speedup of the same prompt differs by {percent(between)} from repeat to repeat, "
-            f"and that drowns a difference of {off}."
+            f"This run cannot tell: the speedup of one prompt differs by {percent(between)} from repeat to repeat, and "
+            f"that drowns a difference of {off}."
         )
     why = "" if repeats > 1 else ", and one repeat does not show the noise of the machine"
     return (
