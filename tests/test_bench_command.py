@@ -220,10 +220,10 @@ def test_the_page_needs_no_network_and_fits_a_phone(measured: Path) -> None:
 
 def test_the_page_holds_the_advisors_words_and_figure(measured: Path) -> None:
     found = json.loads((measured / "r.json").read_text(encoding="utf-8"))
-    why = {"data": [{"type": "scatter", "name": "</script><b>"}], "layout": {}}
-    text = page.page(found, ["Take **γ = 2**.", "A second paragraph."], why).replace(plotly(), "")
+    why = {theme: {"data": [{"name": "</script><b>"}], "layout": {"height": 701}} for theme in ("light", "dark")}
+    text = page.page(found, ["Take **γ = 2**.", "A second paragraph."], [why]).replace(plotly(), "")
     assert text.index("Does it pay?") < text.index("<strong>γ = 2</strong>") < text.index("<h2>Speedup</h2>")
-    assert "</script><b>" not in text and r"<\/script><b>" in text
+    assert "</script><b>" not in text and r"<\/script><b>" in text and 'style="height: 701px"' in text
     assert "Take **γ = 2**.\n\nA second paragraph.\n" in markdown(found, ["Take **γ = 2**.", "A second paragraph."])
     assert "Does it pay?" not in page.page(found).replace(plotly(), "")
 

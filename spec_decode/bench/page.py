@@ -26,15 +26,16 @@ MANY = 8  # conditions, beyond which a figure of all would not be read
 _ROW, _HEAD = 34, 96  # pixels of a row of a figure, and of its axis and legend
 
 
-def page(report: Report, advice: Sequence[str] = (), why: Figure | None = None) -> str:
+def page(report: Report, advice: Sequence[str] = (), why: Sequence[dict[str, Figure]] = ()) -> str:
     """The file.
 
     Args:
         advice: the advisor's paragraphs, as Markdown.
-        why: the figure that stands with them, a Plotly figure as JSON: the speedup model against the measurements.
+        why: the figures that stand with them, the speedup model against the measurements: each a Plotly figure as JSON
+            in its "light" and its "dark" form, with colours of their own.
     """
     drawn = {
-        text.PAYS: [why] if why else [],
+        text.PAYS: list(why),
         text.SPEEDUP: [speedups(report), *sweeps(report)],
         text.CATEGORIES: [by_category(report)] if len(report["conditions"]) <= MANY else [],
         text.ROUNDS: [times(report)],
@@ -45,7 +46,7 @@ def page(report: Report, advice: Sequence[str] = (), why: Figure | None = None) 
     for head, lines in text.sections(report, advice):
         plots = ""
         for figure in drawn.get(head, []):
-            height = figure["layout"].get("height", 360)
+            height = figure.get("light", figure)["layout"].get("height", 360)
             plots += f'<div class="plot" id="plot-{len(figures)}" style="height: {height}px"></div>'
             figures.append(figure)
         inner = render("\n".join(lines)).replace("<table>", '<div class="wide" tabindex="0"><table>')
