@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ui_fakes import FakeRace, FakeSource
@@ -487,6 +489,49 @@ def test_energy_that_cannot_be_read_has_a_reason(tmp_path: Path, monkeypatch: py
     assert made.reading("a").energy is None
     (tmp_path / "intel-rapl:0").mkdir()
     assert Gauges().missing["energy"] == "RAPL counters cannot be read: No such file or directory"
+
+
+class Card:
+    """NVML and PyTorch's memory of one GPU: a counter of millijoules, 40 % busy, 5 MB and then 3 MB allocated."""
+
+    def __init__(self, energy: bool = True) -> None:
+        self.millijoules, self.energy, self.allocated = 1000, energy, [5_000_000, 3_000_000]
+
+    def module(self) -> ModuleType:
+        made = ModuleType("pynvml")
+        made.nvmlInit = lambda: None
+        made.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
+        made.nvmlDeviceGetUtilizationRates = lambda handle: SimpleNamespace(gpu=40)
+        made.nvmlDeviceGetTotalEnergyConsumption = self.total
+        return made
+
+    def total(self, handle: str) -> int:
+        assert handle == "GPU-abc"
+        if not self.energy:
+            raise RuntimeError("Not Supported")
+        self.millijoules += 250
+        return self.millijoules
+
+
+def test_a_card_is_read_through_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card()
+    monkeypatch.setitem(sys.modules, "pynvml", card.module())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: card.allocated.pop(0))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    now = iter(range(100))
+    made = Gauges("cuda:0", lambda: float(next(now)), lambda: 0.0)
+    made.begin()
+    made.lap("a")
+    made.lap("b")
+    one, other = made.reading("a"), made.reading("b")
+    assert (one.energy, one.gpu_utilization, one.peak_memory) == (0.25, 0.4, 5_000_000)
+    assert (other.energy, other.peak_memory) == (0.25, 3_000_000) and not made.missing
+    card = Card(energy=False)
+    monkeypatch.setitem(sys.modules, "pynvml", card.module())
+    assert Gauges("cuda:0").missing == {"energy": "NVML: Not Supported"}
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert "pip install nvidia-ml-py" in Gauges("cuda:0").missing["gpu_utilization"]
 
 
 def test_the_bandwidth_of_memory_is_measured() -> None:
