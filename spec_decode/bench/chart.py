@@ -68,6 +68,11 @@ def figure(explanation: Explanation, theme: str = "light") -> Figure:
     return {"data": data, "layout": layout}
 
 
+def both(explanation: Explanation) -> dict[str, Figure]:
+    """The figure in every theme, by its name."""
+    return {theme: figure(explanation, theme) for theme in THEMES}
+
+
 def _axis(c: dict[str, str], title: str, **more: Any) -> dict[str, Any]:
     return {
         "title": {"text": title, "font": {"size": 11, "color": c["muted"]}, "standoff": 6},
