@@ -142,6 +142,7 @@ CASES: dict[str, Case] = {
         World({f"kind {i}": Text(even(0.355), decay=0.5) for i in range(6)}, draft=0.2, verify=cliff(16, 0, 0.1),
               lengths=(1, 2)),
         lambda a: not said("pays", a) and a.draft_length in (None, 0),
+        power=0.75,
     ),
     "one prompt": Case(
         World({"text": Text(even(0.85))}, prompts=1, repeats=5),

@@ -72,6 +72,7 @@ def test_reports_and_raw_measurements_fit_their_schema(measured: Path) -> None:
     assert len(raw) == found["planned"] == found["measured"] == 3 * 2 * 2
     assert all(fits("measurement", line) == [] for line in raw)
     assert {key for line in lines if "note" in line for key in line["note"]} == {"warm_up", "end"}
+    assert found["advice"][0]["text"] in (measured / "r.markdown").read_text(encoding="utf-8")
     broken = json.loads(json.dumps(found))
     broken["conditions"][0]["speedup"]["median"] = "fast"
     assert fits(None, broken) and fits("measurement", {**raw[0], "prompt": None})
@@ -209,7 +210,7 @@ def test_the_page_needs_no_network_and_fits_a_phone(measured: Path) -> None:
             tab.wait_for_selector("#plot-2 .main-svg")
             assert not wrong and all(url.startswith(("file:", "data:", "blob:")) for url in asked)
             assert tab.evaluate("document.documentElement.scrollWidth") <= width
-            assert tab.locator("section h2").all_inner_texts()[0] == "Speedup"
+            assert tab.locator("section h2").all_inner_texts()[:2] == ["Does it pay?", "Speedup"]
             assert "c <script>|*" in tab.locator("details").inner_text() + tab.locator("details table").text_content()
             painted = tab.evaluate("document.querySelector('.gtitle, .xtitle').style.fill")
             tab.emulate_media(color_scheme="dark" if scheme == "light" else "light")

@@ -247,20 +247,27 @@ def _raw(arguments: argparse.Namespace, header: dict[str, Any]) -> Path:
 
 def _write(arguments: argparse.Namespace, contents: Any, raw: Path) -> None:
     """Prints the report, and writes it where it is asked for."""
+    from .advice import advise
     from .markdown import markdown
     from .summary import report
 
-    found = report(contents, raw.name)
-    text = markdown(found)
+    told = advise(contents.measurements)
+    advice = [found.text if len(told) == 1 else f"**{found.title}.** {found.text}" for found in told]
+    figures = {**report(contents, raw.name), "advice": [found.to_dict() for found in told]}
+    text = markdown(figures, advice)
     print(text, end="")
     if arguments.markdown:
         Path(arguments.markdown).write_text(text, encoding="utf-8")
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(arguments.json).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if arguments.html:
+        from .chart import both
+        from .model import explain, setups
         from .page import page
 
-        Path(arguments.html).write_text(page(found), encoding="utf-8")
+        device = str(contents.header.get("pair", {}).get("device", "cpu"))
+        why = [both(explain(races, device)) for races in setups(contents.measurements).values()]
+        Path(arguments.html).write_text(page(figures, advice, why), encoding="utf-8")
 
 
 def _list(text: str | None, convert: Callable[[str], T], name: str) -> tuple[T, ...]:
