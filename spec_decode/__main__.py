@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import check, flags
+from .bench import command
 from .errors import ModelError, OutOfMemory, UserError
 from .events import Note
 from .paths import ASSETS
@@ -85,56 +86,15 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Source, Request]:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    settings, choice = _settings(arguments), flags.read(arguments)
-    _check_writable(arguments.json)
-    if arguments.batch_size:
-        _bench_batches(arguments, settings, choice)
+    if arguments.update_readme:
+        from .bench.readme import update
+
+        update()
         return
-    from .bench.method import bench, prompt_ids, read_prompts, summarize, table
-    from .bench.peers import Peers, parse
-    from .loading.pair import load_pair
+    from .bench.command import run, run_batches
 
-    names, prompts = parse(arguments.peers), read_prompts(arguments.prompts)
-    pair = load_pair(**choice, progress=_progress)
-    rows: list[dict[str, Any]] = []
-    with Peers(names, pair, settings, prompt_ids(pair, prompts, settings), _progress) as peers:
-        for row in bench(pair, prompts, settings, peers):
-            rows.append(row)
-            _progress(f"{len(rows)} of {len(prompts)} prompts")
-        others = peers.report()
-    summary = summarize(rows)
-    if settings.synthetic_acceptance is not None:
-        print(f"{_synthetic(settings.synthetic_acceptance)}\n")
-    print(table(rows, summary, pair.costs, others))
-    if arguments.json:
-        costs = pair.costs.to_dict() if pair.costs else None
-        report = {"pair": pair.info, "machine": pair.machine, "settings": settings.to_dict(), "costs": costs}
-        text = json.dumps(
-            {**report, "peers": others, "summary": summary, "prompts": rows}, indent=1, ensure_ascii=False
-        )
-        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
-
-
-def _bench_batches(arguments: argparse.Namespace, settings: Settings, choice: dict[str, Any]) -> None:
-    """`bench --batch-size`: both lanes over batches of several prompts."""
-    from .batch import check_length
-    from .bench.batch import filling, measure, sizes_of, table
-    from .bench.method import read_prompts
-
-    if arguments.peers:
-        raise UserError("Peers decode one prompt at a time; leave out --peers or --batch-size.")
-    check_length(settings)
-    sizes = sizes_of(arguments.batch_size)
-    prompts = filling(read_prompts(arguments.prompts), sizes)
-    from .loading.pair import load_pair
-
-    pair = load_pair(**choice, progress=_progress)
-    report = measure(pair, prompts, settings, sizes, say=_progress)
-    print(table(report, settings.same_text))
-    if arguments.json:
-        about = {"pair": pair.info, "machine": pair.machine, "settings": settings.to_dict()}
-        text = json.dumps({**about, "batches": report}, indent=1, ensure_ascii=False)
-        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+    go = run_batches if arguments.batch_size else run
+    go(arguments, _settings(arguments), _progress, _check_writable)
 
 
 def _train_drafter(arguments: argparse.Namespace) -> None:
@@ -354,12 +314,7 @@ def _parser() -> argparse.ArgumentParser:
     race.add_argument("--keep-system", action="store_true", help="write the system prompt into the trace as well")
     race.set_defaults(run=_race)
     bench = commands.add_parser("bench", help="a file of prompts through both lanes and other engines")
-    bench.add_argument("--prompts", required=True, metavar="FILE", help='JSON Lines of {"id", "category", "prompt"}')
-    bench.add_argument("--peers", default="", metavar="LIST", help="comma-separated: transformers, llama.cpp, openvino")
-    bench.add_argument(
-        "--batch-size", metavar="N", help="several prompts at once instead, such as 1,2,4,8; needs --draft-length N"
-    )
-    bench.add_argument("--json", metavar="OUT", help="write the report as JSON")
+    command.add_arguments(bench)
     bench.set_defaults(run=_bench)
     prove.add_command(commands)
     listing = commands.add_parser("models", help="the pairs known by name, and which of them fit")
@@ -368,22 +323,22 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_models)
     _add_training(commands.add_parser("train-drafter", help="an MTP drafter for any target, from its own texts"))
     check.add_commands(commands)
-    for command in (race, bench):
+    for both in (race, bench):
         defaults = Settings()
-        flags.add(command)
-        command.add_argument("--draft-length", default="adaptive", metavar="N", help="1…16, adaptive (default), rate")
-        command.add_argument("--temperature", default=defaults.temperature, metavar="T", help="0 (default) is greedy")
-        command.add_argument("--top-p", default=defaults.top_p, metavar="P")
-        command.add_argument("--top-k", default=defaults.top_k, metavar="K")
-        command.add_argument("--rule", choices=tuple(RULES), help="greedy at temperature 0, else coupled")
-        command.add_argument(
+        flags.add(both)
+        both.add_argument("--draft-length", default="adaptive", metavar="N", help="1…16, adaptive (default), rate")
+        both.add_argument("--temperature", default=defaults.temperature, metavar="T", help="0 (default) is greedy")
+        both.add_argument("--top-p", default=defaults.top_p, metavar="P")
+        both.add_argument("--top-k", default=defaults.top_k, metavar="K")
+        both.add_argument("--rule", choices=tuple(RULES), help="greedy at temperature 0, else coupled")
+        both.add_argument(
             "--synthetic-acceptance",
             metavar="A",
             help="measure time alone: accept each drafted token with this probability, whatever the target says",
         )
-        command.add_argument("--lenience", default=defaults.lenience, metavar="L", help="for lossy rules")
-        command.add_argument("--max-new-tokens", default=defaults.max_new_tokens, metavar="N")
-        command.add_argument("--seed", default=defaults.seed, metavar="N")
+        both.add_argument("--lenience", default=defaults.lenience, metavar="L", help="for lossy rules")
+        both.add_argument("--max-new-tokens", default=defaults.max_new_tokens, metavar="N")
+        both.add_argument("--seed", default=defaults.seed, metavar="N")
     return parser
 
 

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -118,7 +118,31 @@ def tokens_per_pass_histogram(rounds: Sequence[Round]) -> dict[int, int]:
     return dict(sorted(histogram.items()))
 
 
-def per_position_acceptance(rounds: Iterable[Round]) -> list[float]:
+class Drafting(Protocol):
+    """What acceptance needs of a round: tokens that were drafted and verified, and those of them that were accepted."""
+
+    @property
+    def drafted(self) -> int: ...
+
+    @property
+    def accepted(self) -> int: ...
+
+
+def mean_acceptance_length(rounds: Iterable[Drafting]) -> float | None:
+    """1 + accepted / rounds with a draft, as vLLM defines it; `tokens_per_pass` counts the other rounds too."""
+    drafts = [r.accepted for r in rounds if r.drafted]
+    return 1 + sum(drafts) / len(drafts) if drafts else None
+
+
+def acceptance_per_position(rounds: Iterable[Drafting]) -> list[float]:
+    """Accepted drafts of position i = 1, 2, … ÷ rounds with a draft, as far as any was drafted, as vLLM defines it:
+    cumulative, and a draft that was too short to reach the position counts as not accepted there."""
+    drafts = [r for r in rounds if r.drafted]
+    longest = max((r.drafted for r in drafts), default=0)
+    return [sum(r.accepted >= i for r in drafts) / len(drafts) for i in range(1, longest + 1)]
+
+
+def per_position_acceptance(rounds: Iterable[Drafting]) -> list[float]:
     """P(draft i accepted | drafts before it accepted) for i = 1, 2, …, as far as any draft was tried."""
     tried: dict[int, int] = defaultdict(int)
     taken: dict[int, int] = defaultdict(int)
@@ -231,7 +255,7 @@ def speedup_with_interval(baseline: Lane, speculative: Lane) -> Speedup | None:
         freedoms.append(max(n / block - 1, 1.0))
     total = sum(variances)
     freedom = total**2 / sum(v * v / f for v, f in zip(variances, freedoms, strict=True)) if total > 0 else math.inf
-    ends = np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1) * (_student(max(freedom, 2.0)) / _NORMAL)
+    ends = np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1) * (student(max(freedom, 2.0)) / _NORMAL)
     (low, whole_low), (high, whole_high) = np.exp(ends).tolist()
     value = speculative.rate / baseline.rate
     whole_value = speculative.end_to_end_rate / baseline.end_to_end_rate
@@ -257,7 +281,7 @@ def _resampled(lane: Lane, block: int, noise: np.random.Generator) -> tuple[np.n
     return totals(lane.tokens), totals(lane.seconds)
 
 
-def _student(freedom: float) -> float:
+def student(freedom: float) -> float:
     """97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5; 3 % short at 2, exact beyond 5)."""
     z, f = _NORMAL, freedom
     return (

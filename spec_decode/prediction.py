@@ -68,9 +68,30 @@ class Prediction:
     best: int | None
 
 
+class Replicates(NamedTuple):
+    """Predicted speedups by draft length and replicate, float `[lengths, REPLICATES]`: of the text and the costs, and
+    with the scatter between runs."""
+
+    speedups: np.ndarray
+    runs: np.ndarray
+
+
 def predict(trace: Trace, lengths: Sequence[int] = LENGTHS) -> Prediction | None:
     """The predicted speedups of races with fixed draft lengths; None where nothing was drafted or the costs are
     unknown."""
+    found = replicates(trace, lengths)
+    if found is None:
+        return None
+    winners = np.argmax(found.speedups, 0)
+    fastest = int(np.argmax(np.bincount(winners, minlength=len(lengths))))
+    clear = (winners == fastest).mean() >= LEVEL
+    ends = np.quantile(found.runs, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
+    low, middle, high = (tuple(row.tolist()) for row in (ends[0], np.median(found.speedups, 1), ends[1]))
+    return Prediction(tuple(lengths), middle, low, high, lengths[fastest] if clear else None)
+
+
+def replicates(trace: Trace, lengths: Sequence[int] = LENGTHS) -> Replicates | None:
+    """What `predict` takes its quantiles of; None where it is."""
     base, fast = trace.lane(BASELINE), trace.lane(SPECULATIVE)
     if trace.costs is None or not tokens_per_second(base) or not any(r.drafted for r in fast):
         return None
@@ -88,14 +109,8 @@ def predict(trace: Trace, lengths: Sequence[int] = LENGTHS) -> Prediction | None
     makers = np.array([index.get(name, len(drafts)) for name in seen.makers])
     costs = _Costs(passes, np.stack([*drafts.values(), average]), makers)
     rates = np.stack([_rate(accepted, empty, costs, n, limit) for n in lengths])
-    winners = np.argmax(rates, 0)
-    fastest = int(np.argmax(np.bincount(winners, minlength=len(lengths))))
-    clear = (winners == fastest).mean() >= LEVEL
     scatter = math.sqrt(RUN_TO_RUN**2 + 2 * _step_variance(Lane.of(base)))
-    band = rates * np.exp(scatter * noise.standard_normal(REPLICATES))
-    ends = np.quantile(band, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
-    low, middle, high = (tuple(row.tolist()) for row in (ends[0], np.median(rates, 1), ends[1]))
-    return Prediction(tuple(lengths), middle, low, high, lengths[fastest] if clear else None)
+    return Replicates(rates, rates * np.exp(scatter * noise.standard_normal(REPLICATES)))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class Request:
     truncate: cut a prompt that is too long, keeping its beginning, instead of refusing it.
     thinking: let the target think first, where its chat template has a switch for it.
     prefix: what the output begins with in both lanes, as text or as token ids; None forces nothing.
+    history: the turns of the conversation before the prompt, each what was asked and what was answered.
     draft: tokens that a person drafts for a round, ids or texts of one token each, instead of the drafter's.
 
     Raises:
@@ -44,6 +45,7 @@ class Request:
     thinking: bool = False
     prefix: str | tuple[int, ...] | None = None
     draft: tuple[int | str, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         _require_text("prompt", self.prompt)
@@ -62,11 +64,15 @@ class Request:
         object.__setattr__(self, "drafter", self.drafter or None)
         object.__setattr__(self, "prefix", _prefix(self.prefix))
         object.__setattr__(self, "draft", _draft(self.draft))
+        object.__setattr__(self, "history", _history(self.history))
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `Request.from_dict` is its inverse."""
         data = asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
+        data = {name: list(value) if isinstance(value, tuple) else value for name, value in data.items()}
+        if not data.pop("history"):  # traces of single prompts stay as versions before this field read them
+            return data
+        return {**data, "history": [list(turn) for turn in self.history]}
 
     @classmethod
     def from_dict(cls, data: object) -> Request:
@@ -124,6 +130,15 @@ def _draft(value: object) -> tuple[int | str, ...]:
         elif not _is_token(token):
             raise SettingsError("draft", f"A drafted token must be an id or a text, not {quoted(token)}.")
     return tuple(value)
+
+
+def _history(value: object) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(t, (list, tuple)) and len(t) == 2 for t in value):
+        raise SettingsError("history", f"The history must be pairs of question and answer, not {quoted(value)}.")
+    for turn in value:
+        for text in turn:
+            _require_text("history", text)
+    return tuple((turn[0], turn[1]) for turn in value)
 
 
 def _is_token(value: object) -> bool:

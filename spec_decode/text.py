@@ -6,6 +6,8 @@ tokens appears once, whole.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from jinja2 import TemplateError
@@ -15,8 +17,17 @@ from .errors import UserError
 _INCOMPLETE = "�"
 
 
-def encode_chat(tokenizer: Any, prompt: str, system: str | None = None, thinking: bool = False) -> list[int]:
-    """Token ids of a user turn under the tokenizer's chat template, or of the bare prompt where it has none.
+def encode_chat(
+    tokenizer: Any,
+    prompt: str,
+    system: str | None = None,
+    thinking: bool = False,
+    history: Sequence[tuple[str, str]] = (),
+) -> list[int]:
+    """Token ids of a user turn under the tokenizer's chat template, or of the bare texts where it has none.
+
+    Args:
+        history: the turns before it, each what the user asked and what was answered.
 
     Raises:
         UserError: `thinking` is asked of a template that has no switch for it, or the template does not take the
@@ -25,8 +36,11 @@ def encode_chat(tokenizer: Any, prompt: str, system: str | None = None, thinking
     if thinking:
         require_thinking(tokenizer)
     if not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer(f"{system}\n\n{prompt}" if system else prompt)["input_ids"])
+        texts = [system] if system else []
+        return list(tokenizer("\n\n".join([*texts, *chain.from_iterable(history), prompt]))["input_ids"])
     turns = [{"role": "system", "content": system}] if system else []
+    for asked, answered in history:
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     turns.append({"role": "user", "content": prompt})
     # Passed either way where there is a switch: some templates enable thinking by default.
     switch = {"enable_thinking": thinking} if can_think(tokenizer) else {}

@@ -438,6 +438,14 @@ def test_the_app_continues_after_out_of_memory(pair_dir: Path, monkeypatch: pyte
 # Chat
 
 
+def test_the_history_of_a_conversation_stands_before_the_prompt() -> None:
+    words = tokenizer("{% for m in messages %}{{ 'w1 ' if m.role == 'user' else 'w2 ' }}{{ m.content }} {% endfor %}w3")
+    assert encode_chat(words, "w9") == [1, 9, 3]
+    assert encode_chat(words, "w9", history=(("w5", "w6"), ("w7", "w8"))) == [1, 5, 2, 6, 1, 7, 2, 8, 1, 9, 3]
+    bare = tokenizer(None)
+    assert encode_chat(bare, "w9", "w4", history=(("w5", "w6"),)) == [4, 5, 6, 9]
+
+
 def test_thinking_is_switched_where_there_is_a_switch() -> None:
     words = tokenizer()
     assert encode_chat(words, "w9") == [3, 9, 4]

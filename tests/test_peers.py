@@ -20,11 +20,18 @@ from tiny import PairOf, ScriptedDrafter, model
 from spec_decode.__main__ import main
 from spec_decode.bench import engines
 from spec_decode.bench.engines import Job, LlamaCpp, OpenVINO, Run, Transformers, tune
-from spec_decode.bench.method import agreement, bench, prompt_ids, summarize, table
+from spec_decode.bench.markdown import peer_settings
+from spec_decode.bench.markdown import peers as peers_table
+from spec_decode.bench.measurement import PEER, Measurement
+from spec_decode.bench.method import Bench
 from spec_decode.bench.peers import Beside, Peer, Peers, parse, thread_counts
+from spec_decode.bench.plan import Grid
+from spec_decode.bench.summary import report as summarize
 from spec_decode.errors import ModelError, UserError
 from spec_decode.loading import pair as models
+from spec_decode.request import Request
 from spec_decode.settings import Settings
+from spec_decode.sources.local import LocalSource
 from spec_decode.target import Target
 
 PROMPTS = [{"id": str(i), "category": "c", "prompt": text} for i, text in enumerate(("one two", "three", "four"))]
@@ -83,6 +90,23 @@ def tiny_pair() -> Any:
     pair.name = "tiny"
     pair.plan = SimpleNamespace(target=SimpleNamespace(precision=None, revision=None, attention=None))
     return pair
+
+
+def benched(pair: Any, settings: Settings, peers: Peers, names: list[str]) -> tuple[list[Measurement], dict[str, Any]]:
+    """The measurements of a benchmark with these peers, and its report."""
+    source = LocalSource(pair)
+    grid = Grid(settings, temperatures=(settings.temperature,), drafters=source.drafters, peers=tuple(names), repeats=1)
+    made = Bench(source, grid, PROMPTS, peers=peers)
+    made.check()
+    made.warm_up()
+    found = list(made.run())
+    header = {"plan": grid.to_dict(), "planned": len(grid.order(len(PROMPTS)))}
+    contents = SimpleNamespace(header=header, measurements=found, notes={"peers": peers.report()}, ended=True)
+    return found, summarize(contents, "raw.jsonl")
+
+
+def told(report: dict[str, Any]) -> str:
+    return "\n".join([*peers_table(report), *peer_settings(report)])
 
 
 def checkpoint_of(folder: Path) -> str:
@@ -182,7 +206,7 @@ def test_transformers_in_its_own_process_reports_and_does_not_change_our_threads
     pair = models.load_pair(_with_tokenizer(tmp_path), device="cpu")
     threads, settings = torch.get_num_threads(), Settings(max_new_tokens=6)
     with Peers(["transformers", "openvino"], pair, settings, [[1, 2, 3]], counts=[1, 2]) as peers:
-        rows = list(bench(pair, PROMPTS, settings, peers))
+        found, _ = benched(pair, settings, peers, ["transformers", "openvino"])
         report = peers.report()
     assert torch.get_num_threads() == threads
     reported = report["transformers"]
@@ -192,9 +216,10 @@ def test_transformers_in_its_own_process_reports_and_does_not_change_our_threads
     assert torch.__version__ in reported["version"]
     assert reported["busy_cores"]["own"] > 0 and reported["busy_cores"]["others"] is not None
     assert "embedded target" in report["openvino"]["skipped"] or "pip install" in report["openvino"]["skipped"]
-    assert all(row["peers"]["transformers"]["tokens"] == 6 for row in rows)
+    ours, theirs = ({m.prompt: m for m in found if m.condition.peer is peer} for peer in (False, True))
+    assert set(ours) == set(theirs) and all(m.lanes[PEER].tokens == 6 for m in theirs.values())
     if reported["weights"] == "float32":
-        assert all(row["peers"]["transformers"]["identical"] for row in rows)
+        assert all(ours[name].baseline.token_ids == m.lanes[PEER].token_ids for name, m in theirs.items())
 
 
 def _with_tokenizer(folder: Path) -> str:
@@ -319,11 +344,12 @@ def test_peers_with_missing_packages_are_skipped(monkeypatch):
     printed: list[str] = []
     pair, settings = tiny_pair(), Settings(max_new_tokens=4)
     with Peers(["llama.cpp", "openvino"], pair, settings, [[1]], printed.append) as peers:
-        rows, report = list(bench(pair, PROMPTS, settings, peers)), peers.report()
-    assert not peers.running and "pip install xllamacpp" in report["llama.cpp"]["skipped"]
+        _, report = benched(pair, settings, peers, ["llama.cpp", "openvino"])
+    assert not peers.running and [peer["name"] for peer in report["peers"]] == ["llama.cpp", "openvino"]
     assert sum("pip install" in line for line in printed) == 2
-    text = table(rows, summarize(rows), None, report)
+    text = told(report)
     assert "Without openvino: The peer openvino needs the package openvino-genai" in text
+    assert "pip install xllamacpp" in text
 
 
 @pytest.mark.parametrize("name", ["llama.cpp", "openvino"])
@@ -353,41 +379,34 @@ def test_a_peer_that_fails_does_not_affect_others():
     with Peers([], pair, settings, []) as peers:
         broken, sound = FakeSeat(None), FakeSeat([1, 2, 3])
         peers.running |= {"broken": Peer("broken", broken, [1, 2], [1]), "sound": Peer("sound", sound, [1, 2], [1])}
-        rows, report = list(bench(pair, PROMPTS, settings, peers)), peers.report()
+        found, summary = benched(pair, settings, peers, ["broken", "sound"])
+        report = peers.report()
     assert broken.closed and sound.closed
-    assert all(set(row["peers"]) == {"sound"} for row in rows)
+    assert {m.condition.engine for m in found if m.condition.peer} == {"sound"}
     assert report["broken"]["failed"] == "The peer broken failed: no more."
     assert "failed" not in report["sound"]
+    assert "It ended early: The peer broken failed: no more." in told(summary)
 
 
 # The report
 
 
-def test_agreement_is_the_share_of_identical_texts_and_the_mean_common_prefix():
-    assert agreement([1, 2, 3], [1, 2, 3]) == {"identical": True, "common_prefix": 3}
-    assert agreement([1, 2, 3], [1, 2]) == {"identical": False, "common_prefix": 2}
-    assert agreement([1, 2, 3], [4, 2, 3]) == {"identical": False, "common_prefix": 0}
+def test_agreement_counts_identical_texts_and_the_mean_common_prefix():
     pair, settings = tiny_pair(), Settings(max_new_tokens=4)
-    (prompt,) = prompt_ids(pair, PROMPTS[:1], settings)
+    prompt = LocalSource(pair).race(Request(PROMPTS[0]["prompt"], settings)).ids
     ids = Transformers(Job(""), model=pair.target.model).run(prompt, 4).ids
     with Peers([], pair, settings, []) as peers:
         peers.running["twin"] = Peer("twin", FakeSeat(ids), [1, 2], [1])
-        rows, report = list(bench(pair, PROMPTS, settings, peers)), peers.report()
-    assert rows[0]["peers"]["twin"] == {
-        "tokens": 4,
-        "prefill_seconds": 0.5,
-        "tokens_per_second": 3.0,
-        "identical": True,
-        "common_prefix": 4,
-    }
-    summary = summarize(rows)
-    found = [row["peers"]["twin"] for row in rows]
-    assert summary["agreement"]["twin"] == {
-        "texts": 3,
-        "share": sum(peer["identical"] for peer in found) / 3,
-        "common_prefix": sum(peer["common_prefix"] for peer in found) / 3,
-    }
-    text = table(rows, summary, None, report)
+        found, report = benched(pair, settings, peers, ["twin"])
+    theirs = {m.prompt: m for m in found if m.condition.peer}
+    lane = theirs["0"].lanes[PEER]
+    assert (lane.tokens, lane.time_to_first_token, lane.tokens_per_second) == (4, 0.5, 3.0)
+    own = {m.prompt: m.baseline.token_ids for m in found if not m.condition.peer}
+    assert own["0"] == tuple(ids)
+    common = [next((i for i in range(4) if own[name][i] != ids[i]), 4) for name in theirs]
+    (twin,) = report["peers"]
+    assert twin["agreement"] == {"texts": 3, "identical": common.count(4), "common_prefix": sum(common) / 3}
+    text = told(report)
     assert "| twin | none | 2 | 3.0 |" in text
     assert "Tried, tokens/s: 1 thread 10.0, 2 threads 20.0." in text
 
@@ -396,7 +415,6 @@ def test_texts_of_peers_are_not_compared_when_sampling():
     pair, settings = tiny_pair(), Settings(max_new_tokens=4, temperature=0.7)
     with Peers([], pair, settings, []) as peers:
         peers.running["other"] = Peer("other", FakeSeat([1, 2, 3]), [1], [1])
-        rows = list(bench(pair, PROMPTS, settings, peers))
-        text = table(rows, summarize(rows), None, peers.report())
-    assert "identical" not in rows[0]["peers"]["other"]
-    assert "| – | – tokens |" in text
+        _, report = benched(pair, settings, peers, ["other"])
+    assert report["peers"][0]["agreement"]["texts"] == 0
+    assert "| – | – tokens |" in told(report)

@@ -267,7 +267,7 @@ def test_a_file_of_prompts_is_read_before_the_model(
 
 
 def test_a_file_of_prompts_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
-    from spec_decode.bench.method import read_prompts
+    from spec_decode.bench.datasets import read_prompts
 
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"id": 1, "category": "x", "prompt": "tea"}')
     assert read_prompts(tmp_path / "a.jsonl") == [{"id": "1", "category": "x", "prompt": "tea"}]

@@ -41,6 +41,11 @@ def test_a_prompt_is_enough() -> None:
         ({"draft": [1] * 17}, SettingsError, "A person's draft must be a list of at most 16 tokens"),
         *(({"draft": [bad]}, SettingsError, "A drafted token must be an id or a text") for bad in (-1, "", None, 1.5)),
         ({"draft": ["\ud800"]}, PromptError, "The drafted token holds half"),
+        *(
+            ({"history": bad}, SettingsError, "The history must be pairs of question and")
+            for bad in ("ab", [["a"]], [1])
+        ),
+        ({"history": [("a", 7)]}, PromptError, "The history must be text, not 7."),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_in_a_short_sentence(
@@ -82,3 +87,6 @@ def test_as_json_it_holds_every_field() -> None:
         "prefix": [1, 2],
         "draft": [3, "x"],
     }
+    talk = Request("c", history=[["a", "b"]])  # type: ignore[arg-type]
+    assert talk.history == (("a", "b"),) and talk.to_dict()["history"] == [["a", "b"]]
+    assert Request.from_dict(talk.to_dict()) == talk

@@ -1,252 +1,263 @@
-"""The benchmark: runs every prompt through both lanes and through the peers.
+"""The method of the benchmark: every prompt under every condition, in shuffled order, each lane beside its baseline.
 
-In: prompts ({"id", "category", "prompt"} a line), a pair, settings, peers. Out: figures per prompt and their medians,
-as an object and as tables.
+In: a source, a grid of conditions, prompts, instruments. Out: a `Measurement` after each race, or run of a peer. The
+two lanes of a race take turns round by round, so their ratio meets one machine; conditions, prompts and repeats are
+interleaved, so that a machine that changes changes for all of them. Warm-up races are discarded. Imports no torch.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from statistics import fmean, median
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
 
-from ..errors import UserError
-from ..events import SPECULATIVE, Costs
-from ..loading.pair import Pair
-from ..metrics import acceptance_rate, race_report, tokens_per_pass
+from ..errors import PromptError, UserError
+from ..events import BASELINE, SPECULATIVE, Round, Trace
+from ..metrics import ratio
 from ..request import Request
 from ..settings import Settings
-from ..sources.local import Race
-from .peers import Peers
+from ..sources import Race, Source
+from .background import extended
+from .datasets import Prompt
+from .figures import lane_figures, peer_figures
+from .gauges import Gauges
+from .measurement import PEER, Condition, Measurement, ModelSize
+from .plan import FOLLOW_UPS, Grid, Task
+
+WARM_UP = "Warm up."
+WARM_UP_TOKENS = 8
+
+Sizes = Callable[[], tuple[ModelSize | None, ModelSize | None]]
 
 
-def read_prompts(path: str | Path) -> list[dict[str, str]]:
-    """The prompts of a JSON Lines file.
+class Others(Protocol):
+    """The peers, as `peers.Peers`."""
 
-    Raises:
-        UserError: the file cannot be read or is not UTF-8, or a line is not an object with "id", "category" and
-            "prompt", or its prompt is empty.
+    def run(self, name: str, ids: list[int]) -> dict[str, Any] | None: ...
+
+
+@dataclass
+class Instruments:
+    """What measures beside the lanes' clocks.
+
+    gauges: of the machine; None for a source that runs on another one.
+    sizes: of the target and of the drafter that was raced last.
+    fastest: bytes per second that this machine reads.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(f"Cannot read the prompts: {error}.") from error
-    except ValueError as error:
-        raise UserError(f"Cannot read the prompts: {path} is not UTF-8 text ({error}).") from error
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+
+    gauges: Gauges | None = None
+    sizes: Sizes = lambda: (None, None)
+    fastest: float | None = None
+
+
+@dataclass
+class Bench:
+    """A benchmark of a source.
+
+    Attributes:
+        peers: other engines, tuned and warm; None where the grid names none.
+        say: is told in one line what is left out, and why.
+        warmed: races that were run and discarded.
+    """
+
+    source: Source
+    grid: Grid
+    prompts: Sequence[Prompt]
+    instruments: Instruments = field(default_factory=Instruments)
+    peers: Others | None = None
+    say: Callable[[str], None] = lambda line: None
+    warmed: int = 0
+
+    def __post_init__(self) -> None:
+        self._texts: dict[tuple[int, int | None], str] = {}  # by prompt and context
+        self._answers: dict[tuple[Any, ...], str] = {}  # of the target, by conversation and turn
+        self._ids: dict[tuple[int, int | None], list[int]] = {}
+        self._loaded: str | None = None
+
+    def check(self) -> None:
+        """Extends the prompts to the contexts that are asked for, and asks whether each one fits.
+
+        Raises:
+            PromptError: a prompt is too long.
+            UserError: a prompt cannot be extended to a context.
+        """
+        for number, prompt in enumerate(self.prompts):
+            for context in self.grid.contexts or (None,):
+                text = prompt["prompt"]
+                if context is not None:
+                    text = extended(text, context, self._tokens)
+                self._texts[number, context] = text
+                self._tokens(text)
+
+    def _tokens(self, text: str) -> int:
+        """Tokens of a prompt, its chat template included."""
+        race = self.source.race(Request(text, self.grid.settings))
         try:
-            prompt = json.loads(line)
-            prompts.append({key: str(prompt[key]) for key in ("id", "category", "prompt")})
-            text = prompt["prompt"] if isinstance(prompt["prompt"], str) else ""
-            text.encode()
-        except UnicodeEncodeError:
-            text = ""
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f'{path}, line {number}: not an object with "id", "category" and "prompt".') from error
-        if not text.strip():
-            raise UserError(f"{path}, line {number}: the prompt is empty or no text.")
-    if not prompts:
-        raise UserError(f"{path} holds no prompts.")
-    return prompts
+            return race.trace.prompt_tokens
+        finally:
+            race.close()
 
+    def warm_up(self) -> dict[str, Trace]:
+        """Races a few tokens under each drafter, draft length, rule and temperature, which nobody counts, and returns
+        the last of these races for each drafter.
 
-def bench(
-    pair: Pair, prompts: Iterable[dict[str, str]], settings: Settings, peers: Peers | None = None
-) -> Iterator[dict[str, Any]]:
-    """Yields a row of figures for each prompt when it is finished; rates in tokens/s, times in seconds.
+        Raises:
+            UserError: the source refuses one of the conditions.
+        """
+        traces = {}
+        for drafter in self.grid.drafters:
+            for condition in dict.fromkeys(
+                Condition(c.draft_length, drafter, c.rule, c.temperature)
+                for c in self.grid.conditions()
+                if c.drafter == drafter and not c.peer
+            ):
+                traces[drafter] = self._warm(self.grid.settings_of(condition, 0), drafter)
+        return traces
 
-    For each prompt the race runs first and then the peers, in an order that rotates from prompt to prompt.
+    def _warm(self, settings: Settings, drafter: str) -> Trace:
+        short = Settings(**{**settings.to_dict(), "max_new_tokens": WARM_UP_TOKENS})
+        race = self.source.race(Request(WARM_UP, short, drafter=drafter))
+        try:
+            for _ in race.steps():
+                pass
+        finally:
+            race.close()
+        self.warmed += 1
+        self._loaded = drafter
+        return race.trace
 
-    Raises:
-        PromptError: a prompt is empty, or too long.
-    """
-    _discard(Race(pair, Request("Warm up.", Settings(max_new_tokens=8))))
-    for number, prompt in enumerate(prompts):
-        race = Race(pair, Request(prompt["prompt"], settings))
-        _discard(race)
-        report, lane = race_report(race.trace), race.trace.lane(SPECULATIVE)
-        own = report["baseline"]["token_ids"]
-        row: dict[str, Any] = {
-            "id": prompt["id"],
-            "category": prompt["category"],
-            "prompt_tokens": report["prompt_tokens"],
-            "tokens": len(own),
-            "baseline": report["baseline"]["tokens_per_second"],
-            "speculative": report["speculative"]["tokens_per_second"],
-            "speedup": report["speedup"],
-            "acceptance_rate": acceptance_rate(lane),
-            "tokens_per_pass": tokens_per_pass(lane),
-            "identical": report["identical"],
-            "peers": {
-                name: {
-                    "tokens": len(found["ids"]),
-                    "prefill_seconds": found["first"],
-                    "tokens_per_second": found["tokens_per_second"],
-                    **(agreement(own, found["ids"]) if settings.temperature == 0 else {}),
-                }
-                for name, found in (peers.run(race.ids, number) if peers else {}).items()
-            },
+    def left(self, done: Collection[Measurement] = ()) -> list[Task]:
+        """The tasks that are not among these measurements, in their order."""
+        keys = {m.key for m in done}
+        tasks = self.grid.order(len(self.prompts))
+        return [t for t in tasks if (t.condition, self.prompts[t.prompt]["id"], t.repeat) not in keys]
+
+    def run(self, done: Collection[Measurement] = ()) -> Iterator[Measurement]:
+        """Measures what is left, after `check` and `warm_up`. What a source or a peer refuses is left out, which `say`
+        is told.
+
+        Raises:
+            UserError: the source cannot go on.
+        """
+        for made in done:
+            self._remember(made)
+        for task in self.left(done):
+            measurement = self._peer(task) if task.condition.peer else self._race(task)
+            if measurement is not None:
+                self._remember(measurement)
+                yield measurement
+
+    def _race(self, task: Task) -> Measurement | None:
+        condition = task.condition
+        settings = self.grid.settings_of(condition, task.repeat)
+        history = self._history(task)
+        if history is None:
+            return None
+        text = self._texts[task.prompt, condition.context]
+        if condition.turn and condition.turn > 1:
+            text = FOLLOW_UPS[(condition.turn - 2) % len(FOLLOW_UPS)]
+        if condition.drafter != self._loaded:
+            self._warm(settings, condition.drafter)
+        try:
+            race = self.source.race(Request(text, settings, drafter=condition.drafter, history=history))
+        except PromptError as error:
+            self.say(f"{self.prompts[task.prompt]['id']}, turn {condition.turn or 1}, is left out: {error}")
+            return None
+        return self._measured(task, race, settings)
+
+    def _measured(self, task: Task, race: Race, settings: Settings) -> Measurement:
+        if race.request.settings != settings:
+            race.close()
+            raise UserError("This source plays a recording of other settings; benchmark it under those it has.")
+        tools, gauges = self.instruments, self.instruments.gauges
+        begun = _now()
+        try:
+            if gauges:
+                gauges.begin()
+            for step in race.steps():
+                if gauges:
+                    gauges.lap(step.lane if isinstance(step, Round) and step.index > 0 else None)
+        finally:
+            race.close()
+        trace, (target, drafter) = race.trace, tools.sizes()
+        lanes = {
+            lane: lane_figures(trace, lane, gauges.reading(lane) if gauges else None, target, tools.fastest)
+            for lane in (BASELINE, SPECULATIVE)
         }
-        yield row
-
-
-def prompt_ids(pair: Pair, prompts: Iterable[dict[str, str]], settings: Settings) -> list[list[int]]:
-    """The token ids of every prompt, chat template included.
-
-    Raises:
-        PromptError: one is empty, or too long.
-    """
-    return [Race(pair, Request(prompt["prompt"], settings)).ids for prompt in prompts]
-
-
-def agreement(own: list[int], theirs: list[int]) -> dict[str, Any]:
-    """Compares a peer's greedy text with the target's own: whether they are "identical", and the length of the
-    "common_prefix" in tokens."""
-    pairs = enumerate(zip(own, theirs, strict=False))
-    same = next((position for position, (one, other) in pairs if one != other), min(len(own), len(theirs)))
-    return {"identical": own == theirs, "common_prefix": same}
-
-
-def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over all prompts and by category, and the number of prompts with identical lanes. For each peer,
-    "agreement" with the target's own texts: the "share" of identical texts and the mean "common_prefix" in tokens."""
-    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-
-    def middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        figures: dict[str, Any] = {
-            key: _median(row[key] for row in rows)
-            for key in ("baseline", "speculative", "speedup", "acceptance_rate", "tokens_per_pass")
-        }
-        for name in names:
-            ran = [row for row in rows if name in row["peers"]]
-            figures[name] = _median(row["peers"][name]["tokens_per_second"] for row in ran)
-            for lane in ("baseline", "speculative"):
-                figures[f"{lane} / {name}"] = _median(_ratio(row[lane], row["peers"][name]) for row in ran)
-        return figures
-
-    def texts(name: str) -> dict[str, Any]:
-        found = [row["peers"][name] for row in rows if "identical" in row["peers"].get(name, {})]
-        return {
-            "texts": len(found),
-            "share": fmean(peer["identical"] for peer in found) if found else None,
-            "common_prefix": fmean(peer["common_prefix"] for peer in found) if found else None,
-        }
-
-    categories = sorted({row["category"] for row in rows})
-    return {
-        "prompts": len(rows),
-        "identical": sum(row["identical"] for row in rows),
-        "median": middle(rows),
-        "agreement": {name: texts(name) for name in names},
-        "categories": {c: middle([row for row in rows if row["category"] == c]) for c in categories},
-    }
-
-
-def table(
-    rows: list[dict[str, Any]],
-    summary: dict[str, Any],
-    costs: Costs | None,
-    peers: dict[str, dict[str, Any]] | None = None,
-) -> str:
-    """The report as Markdown. peers: from `Peers.report`."""
-    names = list(summary["agreement"])
-    head = ["prompt", "category", "tokens", *(f"{name} tok/s" for name in names), "baseline tok/s", "speculative tok/s"]
-    head += ["speedup", "acceptance", "tokens/pass", "identical"]
-    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
-    for row in rows:
-        cells = [row["id"], row["category"], str(row["tokens"])]
-        cells += [_show(row["peers"].get(name, {}).get("tokens_per_second"), 1) for name in names]
-        cells += [_show(row["baseline"], 1), _show(row["speculative"], 1), _show(row["speedup"], 2) + "×"]
-        cells += [
-            _show(row["acceptance_rate"], 2),
-            _show(row["tokens_per_pass"], 2),
-            "yes" if row["identical"] else "no",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    figures = summary["median"]
-    cells = ["**median**", "", ""] + [_show(figures[name], 1) for name in names]
-    cells += [_show(figures["baseline"], 1), _show(figures["speculative"], 1), _show(figures["speedup"], 2) + "×"]
-    cells += [_show(figures["acceptance_rate"], 2), _show(figures["tokens_per_pass"], 2)]
-    cells.append(f"{summary['identical']} of {summary['prompts']}")
-    lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| medians by category | baseline tok/s | speculative tok/s | speedup | acceptance | tokens/pass |"]
-    lines.append("| --- |" + " ---: |" * 5)
-    for category, middle in [*summary["categories"].items(), ("**all**", figures)]:
-        cells = [category, _show(middle["baseline"], 1), _show(middle["speculative"], 1)]
-        cells += [_show(middle["speedup"], 2) + "×", _show(middle["acceptance_rate"], 2)]
-        lines.append("| " + " | ".join([*cells, _show(middle["tokens_per_pass"], 2)]) + " |")
-    if peers:
-        lines += ["", *_peers(summary, peers)]
-    if costs:
-        first = costs.draft_start + costs.draft_ratio
-        passes = ", ".join(f"{g + 1} tokens {costs.verify_ratio[g]:.2f}×" for g in (1, 2, 4, 8, 16))
-        lines += [
-            "",
-            f"Target pass over 1 token: {costs.step_seconds * 1e3:.1f} ms; relative to it: {passes}; "
-            f"the first draft step of a round {first:.3f}×, the others {costs.draft_ratio:.3f}×.",
-        ]
-    return "\n".join(lines)
-
-
-def _peers(summary: dict[str, Any], peers: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """The peers, their settings and the comparison with our lanes, as Markdown."""
-    ran = {name: peer for name, peer in peers.items() if name in summary["agreement"]}
-    figures = summary["median"]
-    if ran:
-        yield (
-            "| engine, plain decoding | weights | threads | tok/s | our baseline | our speculative lane "
-            "| same text as our target | common prefix |"
+        base, fast = lanes[BASELINE], lanes[SPECULATIVE]
+        return Measurement(
+            condition=task.condition,
+            prompt=self.prompts[task.prompt]["id"],
+            category=self.prompts[task.prompt]["category"],
+            repeat=task.repeat,
+            order=task.order,
+            date=trace.date or begun,
+            prompt_tokens=trace.prompt_tokens,
+            lanes=lanes,
+            speedup=ratio(fast.tokens_per_second, base.tokens_per_second),
+            end_to_end_speedup=ratio(fast.end_to_end_tokens_per_second, base.end_to_end_tokens_per_second),
+            identical=trace.identical,
+            same_text=settings.same_text and self.source.promises.same_text,
+            costs=trace.costs,
+            target=target,
+            drafter=drafter,
+            **({"machine": gauges.state()} if gauges else {}),
         )
-        yield "| --- | --- |" + " ---: |" * 6
-    for name, peer in ran.items():
-        texts = summary["agreement"][name]
-        same = "–" if texts["share"] is None else f"{round(texts['share'] * texts['texts'])} of {texts['texts']}"
-        yield (
-            f"| {name} | {peer['weights']} | {peer['threads']} | {_show(figures[name], 1)} "
-            f"| {_show(figures[f'baseline / {name}'], 2)}× | {_show(figures[f'speculative / {name}'], 2)}× "
-            f"| {same} | {_show(texts['common_prefix'], 1)} tokens |"
-        )
-    for name, peer in ran.items():
-        yield ""
-        tried = ", ".join(
-            f"{' '.join(str(value) for key, value in trial.items() if key not in ('threads', 'tokens_per_second'))} "
-            f"{trial['threads']} thread{'s' * (trial['threads'] > 1)} {trial['tokens_per_second']:.1f}".strip()
-            for trial in peer["trials"]
-        )
-        settings = ", ".join(f"{key} {value}" for key, value in peer["settings"].items())
-        yield f"{name}: {peer['version']}; {settings}. Tried, tokens/s: {tried}."
-        if busy := peer.get("busy_cores"):
-            yield (
-                f"Busy cores: {_show(busy['own'], 2)} in its own turns, {_show(busy['others'], 3)} in the turns of "
-                f"others. Our process in its turns: {_show(busy['ours'], 3)}."
-            )
-        if "failed" in peer:
-            yield f"It ended early: {peer['failed']}"
-    for name, peer in peers.items():
-        if "skipped" in peer:
-            yield ""
-            yield f"Without {name}: {peer['skipped']}"
+
+    def _peer(self, task: Task) -> Measurement | None:
+        assert self.peers is not None
+        ids = self.ids(task.prompt, task.condition.context)
+        begun, gauges = _now(), self.instruments.gauges
+        if gauges:
+            gauges.begin()
+        answer = self.peers.run(task.condition.engine, ids)
+        if answer is None:
+            return None
+        prompt = self.prompts[task.prompt]
+        lanes = {PEER: peer_figures(answer)}
+        return Measurement(
+            task.condition, prompt["id"], prompt["category"], task.repeat, task.order, begun, len(ids), lanes
+        )  # fmt: skip
+
+    def ids(self, prompt: int, context: int | None = None) -> list[int]:
+        """The token ids of a prompt, its chat template included, which peers are given too.
+
+        Raises:
+            UserError: the source does not tell them.
+        """
+        if (prompt, context) not in self._ids:
+            race = self.source.race(Request(self._texts[prompt, context], self.grid.settings, drafter=self._loaded))
+            race.close()
+            ids: list[int] | None = getattr(race, "ids", None)
+            if ids is None:
+                raise UserError("Peers run beside a pair on this machine only, since they are given its prompt ids.")
+            self._ids[prompt, context] = ids
+        return self._ids[prompt, context]
+
+    def _history(self, task: Task) -> tuple[tuple[str, str], ...] | None:
+        """The turns before this one, with the answers that the target gave; None where one is missing."""
+        last = task.condition.turn or 1
+        asked = [self._texts[task.prompt, task.condition.context], *(FOLLOW_UPS * last)[: last - 1]]
+        turns = []
+        for turn in range(1, last):
+            answer = self._answers.get((*self._conversation(self.prompts[task.prompt]["id"], task), turn))
+            if not answer:
+                self.say(f"{self.prompts[task.prompt]['id']}, turn {last}, is left out: turn {turn} has no answer.")
+                return None
+            turns.append((asked[turn - 1], answer))
+        return tuple(turns)
+
+    def _remember(self, measurement: Measurement) -> None:
+        """Keeps the target's own answer, which is the same in every race with this seed."""
+        if measurement.condition.turn and not measurement.condition.peer:
+            key = (*self._conversation(measurement.prompt, measurement), measurement.condition.turn)
+            self._answers.setdefault(key, measurement.baseline.text)
+
+    @staticmethod
+    def _conversation(prompt: str, what: Task | Measurement) -> tuple[Any, ...]:
+        return prompt, what.condition.temperature, what.condition.context, what.repeat
 
 
-def _discard(race: Race) -> None:
-    for _ in race:
-        pass
-
-
-def _ratio(ours: float | None, peer: dict[str, Any]) -> float | None:
-    theirs = peer["tokens_per_second"]
-    return ours / theirs if ours and theirs else None
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return median(present) if present else None
-
-
-def _show(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -270,19 +270,18 @@ class Peers:
                 self.close()
                 raise
 
-    def run(self, ids: list[int], first: int = 0) -> dict[str, dict[str, Any]]:
-        """Runs a prompt through each engine, starting with number `first`. An engine that fails is removed."""
-        names = list(self.running)
-        found = {}
-        for name in names[first % len(names) :] + names[: first % len(names)] if names else []:
-            try:
-                found[name] = self.running[name].run(ids, self.tokens)
-            except ModelError as error:
-                failed = self.running.pop(name)
-                self._ended[name] = {**failed.facts, "failed": str(error)}
-                failed.seat.close()
-                self.say(str(error))
-        return {name: found[name] for name in names if name in found}
+    def run(self, name: str, ids: list[int]) -> dict[str, Any] | None:
+        """Runs a prompt through an engine, as `Peer.run`. None for one that does not run; one that fails is removed."""
+        if name not in self.running:
+            return None
+        try:
+            return self.running[name].run(ids, self.tokens)
+        except ModelError as error:
+            failed = self.running.pop(name)
+            self._ended[name] = {**failed.facts, "failed": str(error)}
+            failed.seat.close()
+            self.say(str(error))
+            return None
 
     def report(self) -> dict[str, dict[str, Any]]:
         """By name: `Peer.report`, with "failed" for an engine that failed; {"skipped": reason} for one that did not

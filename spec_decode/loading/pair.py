@@ -83,6 +83,11 @@ class Pair:
         return self._loaded.drafter
 
     @property
+    def drafter_model(self) -> PreTrainedModel | None:
+        """The weights that were loaded for the drafter, None for one without any."""
+        return self._loaded.model
+
+    @property
     def drafters(self) -> tuple[str, ...]:
         """The names on offer for `use_drafter`, besides the one that was loaded with the target."""
         return catalog.drafters(self.name)

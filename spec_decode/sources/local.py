@@ -276,7 +276,7 @@ def _prefix(pair: Pair, request: Request) -> list[int]:
 def _fit(pair: Pair, request: Request, beside: int) -> list[int]:
     """The token ids of the prompt, which leave room for `beside` more and the new tokens."""
     prompt, system, thinking, new = request.prompt, request.system, request.thinking, request.settings.max_new_tokens
-    ids = encode_chat(pair.tokenizer, prompt, system, thinking)
+    ids = encode_chat(pair.tokenizer, prompt, system, thinking, request.history)
     if max(ids, default=0) >= pair.target.vocabulary:
         raise PromptError(
             f"The tokenizer makes token {max(ids)} of this prompt, and the target knows {pair.target.vocabulary:,} "
@@ -297,7 +297,7 @@ def _fit(pair: Pair, request: Request, beside: int) -> list[int]:
     keep = len(words) - (len(ids) - limit)
     while keep > 0:
         # Cutting the text rather than the ids keeps the template's closing turn in place.
-        cut = encode_chat(pair.tokenizer, pair.tokenizer.decode(words[:keep]), system, thinking)
+        cut = encode_chat(pair.tokenizer, pair.tokenizer.decode(words[:keep]), system, thinking, request.history)
         if len(cut) <= limit:
             return cut
         keep -= max(1, len(cut) - limit)
