@@ -77,7 +77,7 @@ def run(engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool =
             for r in rounds:
                 tally.add(r)
                 curves.add(r)
-            feed.add(rounds)
+            feed.add(rounds, race.pieces(rounds) if draw else {})
             trace = race.trace if done else None
             cut = trace is not None and "time" in trace.finish.values()
             notice = f"Stopped after {limit:g} seconds, which is as long as a race may take here." if cut else None
