@@ -1,7 +1,8 @@
 """Spec Decode in the browser: `python app.py`, also the entry point of the Hugging Face Space.
 
-Parses flags, serves the page at once and loads the model in the background; with `--replay FILE` it plays a trace back
-and needs no model. Exit code 1 when it cannot serve, 2 for bad flags.
+Parses flags, serves the page at once and loads the model in the background. With `--replay FILE` it plays a trace back,
+with `--replay-only` it shows the recordings that come with it, and neither needs a model. Exit code 1 when it cannot
+serve, 2 for bad flags.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--replay", metavar="FILE", help="play a trace back; no model is loaded, whatever else is said")
     parser.add_argument(
         "--speed", type=_factor, default=1.0, metavar="X", help="of a replay, relative to the recording (default: 1)"
+    )
+    parser.add_argument(
+        "--replay-only",
+        action="store_true",
+        default=os.environ.get("SPEC_DECODE_REPLAY_ONLY", "") not in ("", "0"),
+        help="load no model and show the recordings that come with the app (also: SPEC_DECODE_REPLAY_ONLY=1)",
     )
     parser.add_argument("--share", action="store_true", help="open a public gradio.live link")
     parser.add_argument("--max-queue", type=int, default=32, help="visitors that may wait (default: %(default)s)")
@@ -83,8 +90,9 @@ def main(argv: list[str] | None = None) -> int:
     def load(progress: Callable[[str], None]) -> Source:
         return arguments.recording or _local(arguments, progress)
 
-    engine = Engine(load, thinking=arguments.thinking, limits=arguments.limits)
-    page = build(engine, arguments.max_queue)
+    bare = arguments.replay_only and not arguments.recording
+    engine = Engine(None if bare else load, thinking=arguments.thinking, limits=arguments.limits)
+    page = build(engine, arguments.max_queue, recordings=not arguments.recording)
     try:
         _, url, _ = page.launch(
             server_name=arguments.host,

@@ -108,7 +108,7 @@ function schedule() {
 
 async function draw() {
   scheduled = false;
-  if (!data) return;
+  if (!data || (data.recording && !window.Plotly)) return; // those of a recording wait until the script is read
   let P;
   try { P = await plotly(); } catch (error) { root.dataset.state = "broken"; return; }
   if (!data) return;
@@ -149,7 +149,7 @@ document.addEventListener("sd-figures", receive);
 // Reading the script and drawing for the first time take the better part of a second. Both are done while the page is
 // idle and nothing races; a race that comes first loads it with its first figures, a second after its start.
 const idle = (act) => (window.requestIdleCallback || ((f) => setTimeout(f, 200)))(() => {
-  if (!root.isConnected || data) return;
+  if (!root.isConnected || (data && !data.recording)) return;
   if (document.body.dataset.sdPhase === "running") setTimeout(idle, 1000, act);
   else act();
 });
@@ -162,6 +162,6 @@ const rehearse = () => {
   window.Plotly.newPlot(stage, [{ x: [0, 1], y: [0, 1], mode: "lines+markers" }, { x: [0, 1], y: [1, 1], type: "bar" }], plan, CONFIG)
     .then(() => { window.Plotly.purge(stage); stage.remove(); });
 };
-const prepare = () => idle(() => plotly().then(() => idle(rehearse), () => {}));
+const prepare = () => idle(() => plotly().then(() => (data ? schedule() : idle(rehearse)), () => {}));
 if (document.readyState === "complete") prepare();
 else window.addEventListener("load", prepare, { once: true });

@@ -1,4 +1,4 @@
-"""Command line: `python -m spec_decode race`, `… bench`, `… prove`, `… models`, `… train-drafter` and `… check`.
+"""Command line: `python -m spec_decode race`, `… bench`, `… prove`, `… models`, `… record`, `… train-drafter`, `… check`.
 
 What is asked for goes to standard output, progress and errors to standard error. Exit code 2 for bad input, 1 for a
 failure, 0 otherwise; `prove` has two more (`prove.command`).
@@ -95,6 +95,25 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     go = run_batches if arguments.batch_size else run
     go(arguments, _settings(arguments), _progress, _check_writable)
+
+
+def _record(arguments: argparse.Namespace) -> None:
+    from . import recording
+
+    if not arguments.runs.isdecimal() or int(arguments.runs) < 1:
+        raise UserError(f"--runs takes a number from 1 up, not {arguments.runs!r}.")
+    choice = flags.read(arguments)
+    _check_folder(arguments.out)
+    arguments.out.mkdir(exist_ok=True)
+    from .loading.pair import load_pair
+    from .metrics import speedup
+    from .sources.local import LocalSource
+
+    source = LocalSource(load_pair(**choice, progress=_progress), own=choice["drafter"])
+    for scene, trace in recording.record(source, arguments.out, int(arguments.runs)):
+        path, ratio = scene.path(arguments.out), speedup(trace)
+        found = "–" if ratio is None else f"{ratio:.2f}×"
+        print(f"{path}: {path.stat().st_size:,} bytes, {len(trace.token_ids('baseline'))} tokens, speedup {found}")
 
 
 def _train_drafter(arguments: argparse.Namespace) -> None:
@@ -321,6 +340,18 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--memory", metavar="GB", help="of the card to fit (default: what is free on this machine)")
     listing.add_argument("--json", action="store_true", help="print one JSON array")
     listing.set_defaults(run=_models)
+    record = commands.add_parser("record", help="the recordings that the page plays by itself, anew")
+    record.add_argument(
+        "--out", type=Path, default=ASSETS / "replays", metavar="DIR", help="folder to write to (default: the page's)"
+    )
+    record.add_argument(
+        "--runs",
+        default="5",
+        metavar="N",
+        help="races of each, of which the one of median speedup is kept (default: 5)",
+    )
+    flags.add(record)
+    record.set_defaults(run=_record)
     _add_training(commands.add_parser("train-drafter", help="an MTP drafter for any target, from its own texts"))
     check.add_commands(commands)
     for both in (race, bench):

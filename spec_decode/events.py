@@ -172,6 +172,13 @@ class Round:
         """The text this round added to the output."""
         return "".join(t.text for t in self.tokens if t.emitted)
 
+    @property
+    def alternatives(self) -> set[int]:
+        """The ids of the tokens that were recorded as alternatives."""
+        tops = [top for t in self.tokens for top in (t.target_top, t.drafter_top)]
+        tops += [self.residual.top] if self.residual else []
+        return {alternative.id for top in tops for alternative in top}
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `Round.from_dict` is its inverse."""
         return {**_shallow(self), "tokens": [_shallow(token) for token in self.tokens]}

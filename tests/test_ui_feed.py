@@ -11,7 +11,7 @@ import pytest
 from ui_fakes import FakeSource
 
 from spec_decode import metrics
-from spec_decode.events import BASELINE, SPECULATIVE, Round, Token, Trace
+from spec_decode.events import BASELINE, SPECULATIVE, Alternative, Comparison, Residual, Round, Token, Trace
 from spec_decode.request import Request
 from spec_decode.session.curves import POINTS, Curves, Throttle, final, running_acceptance, windowed_rate
 from spec_decode.session.feed import Feed, Feeds, dumps, encode_round, idle
@@ -87,6 +87,29 @@ def test_the_wire_grows_linearly() -> None:
         return total
 
     assert sent(800) < 4.5 * sent(200)
+
+
+def test_a_round_on_the_wire_has_the_numbers_of_the_trace_and_each_text_once() -> None:
+    pieces = {"3": "three", "4": "four", "5": "five"}
+
+    def made(index: int, *ids: int) -> Round:
+        top = tuple(Alternative(i, 0.1 + 1e-9 * i) for i in ids)
+        token = Token(3, "three", "accepted", 1 / 3, 2 / 3, 1, top, top[:1], Comparison(0.1 / 3, 0.7 / 3))
+        return Round(
+            SPECULATIVE, index, (token,), 2, 0.1 / 7, 0.2 / 7, 0.4 / 7, 5 / 7, 1, 1 / 9, "mtp", Residual(0.3, top)
+        )
+
+    feed = Feed()
+    feed.add([made(1, 3, 4), made(2, 4, 5)], pieces)
+    first, second = json.loads(feed.since(0))["rounds"]
+    assert first[:5] == [1, 1, 2, 1, 1 / 9] and first[6:8] == [[0.1 / 7, 0.2 / 7, 0.4 / 7, 5 / 7], "mtp"]
+    top = [[3, 0.1 + 3e-9], [4, 0.1 + 4e-9]]
+    assert first[5] == [["three", "a", 1 / 3, 2 / 3, 1, 3, top, top[:1], [0.1 / 3, 0.7 / 3]]]
+    assert first[8] == [0.3, top] and first[9] == {"3": "three", "4": "four"} and second[9] == {"5": "five"}
+    assert json.loads(encode_round(Round(BASELINE, 0, (Token(1, "x", "target"),), 0, 0.0, 0.1, 0.1, 0.1)))[8:] == [
+        None,
+        {},
+    ]
 
 
 def test_missing_rounds_can_be_asked_for() -> None:

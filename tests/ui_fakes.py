@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from spec_decode.errors import ModelError, OutOfMemory, PromptError
@@ -85,6 +85,9 @@ class FakeRace:
 
     def close(self) -> None:
         self.closed = True
+
+    def pieces(self, rounds: Iterable[Round]) -> dict[str, str]:
+        return {}
 
     @property
     def trace(self) -> Trace:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..drafters.kinds import KINDS
 from ..events import Promises
 from ..request import Request
 from ..settings import Settings
@@ -33,12 +34,17 @@ def about(
     request: Request, pair: dict[str, Any], promises: Promises, recording: Recording | None = None
 ) -> dict[str, Any]:
     """What the token view has to know of a race. It claims no more than the rule and the source promise together; "why"
-    is a sentence on what they do not."""
+    is a sentence on what they do not. "undrawn" names the drafters whose tokens are drawn from no distribution, so that
+    q is one-hot for a rule that asks for it."""
     settings = request.settings
     exact, same_text = settings.exact and promises.exact, settings.same_text and promises.same_text
     return {
         "ran": caption(request, pair, recording),
         "rule": settings.rule,
+        "deciding": settings.deciding.name,
+        "temperature": settings.temperature,
+        "lenience": settings.lenience,
+        "undrawn": [kind.name for kind in KINDS if not kind.model_types],
         "exact": exact,
         "same_text": same_text,
         "synthetic": settings.synthetic,

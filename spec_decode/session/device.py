@@ -27,13 +27,20 @@ T = TypeVar("T")
 Progress = Callable[[str], None]
 
 
+ABSENT = (
+    "This server has no model: it shows recordings. To race your own prompts, run Spec Decode on your machine: "
+    "python app.py."
+)
+
+
 @dataclass(frozen=True)
 class Status:
-    """Where the engine stands: `message` is one sentence for the visitor. Once ready, `pair` is `Source.info`, the
+    """Where the engine stands: `message` is one sentence for the visitor; "absent" says that there is no model and will
+    be none. Once ready, `pair` is `Source.info`, the
     fields below it are those of the source, and `thinking` says how its switch stands at first, None where there is
     none."""
 
-    phase: Literal["loading", "ready", "failed"]
+    phase: Literal["loading", "ready", "failed", "absent"]
     message: str
     pair: dict[str, Any] | None = None
     drafters: tuple[str, ...] = ()
@@ -64,14 +71,15 @@ class Engine:
     """The device, its source and its queue of one. What is loaded, and what fails, also goes to standard error."""
 
     def __init__(
-        self, load: Callable[[Progress], Source], thinking: bool = False, limits: Limits | None = None
+        self, load: Callable[[Progress], Source] | None, thinking: bool = False, limits: Limits | None = None
     ) -> None:
-        """`load(progress)` returns the source; `thinking` is how the switch stands at first, where there is one."""
+        """`load(progress)` returns the source, None stands for a server that has none; `thinking` is how the switch
+        stands at first, where there is one."""
         self._load = load
         self._thinking = thinking
         self.limits = limits or Limits()
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
-        self._status = Status("loading", "Starting.")
+        self._status = Status("loading", "Starting.") if load else Status("absent", ABSENT)
         self._lock = threading.Lock()
         self._source: Source | None = None
         self._loading = False
@@ -80,12 +88,15 @@ class Engine:
 
     def start(self) -> None:
         """Load the source in the background; does nothing while it is loading or loaded."""
+        load = self._load
+        if load is None:
+            return
         with self._lock:
             if self._source is not None or self._loading:
                 return
             self._loading = True
             self._status = Status("loading", "Loading PyTorch and the model.")
-        self.submit(self._load_now)
+        self.submit(lambda: self._load_now(load))
 
     def status(self) -> Status:
         """The state for the page; cheap, callable from any thread."""
@@ -101,7 +112,8 @@ class Engine:
         self.limits.check(request.settings)
         source = self._source
         if source is None:
-            raise ModelError(f"The model is not ready: {self._status.message}")
+            absent = self._status.phase == "absent"
+            raise ModelError(ABSENT if absent else f"The model is not ready: {self._status.message}")
         opened = OpenRace(self.submit(lambda: source.race(request)).result(), self.submit)
         self._running[visitor] = opened
         return opened
@@ -119,13 +131,13 @@ class Engine:
             race.stop()
         return race is not None
 
-    def _load_now(self) -> None:
+    def _load_now(self, load: Callable[[Progress], Source]) -> None:
         def progress(message: str) -> None:
             self._status = Status("loading", message)
             _log(message)
 
         try:
-            source = self._load(progress)
+            source = load(progress)
             thinking = self._thinking if source.can_think else None
             self._source = source
             self._status = Status(
@@ -213,6 +225,10 @@ class OpenRace:
             self.reading = None if isinstance(step, Round) else step
             if time.perf_counter() >= end:
                 return rounds, False
+
+    def pieces(self, rounds: list[Round]) -> dict[str, str]:
+        """The texts of the alternatives of these rounds, by id."""
+        return self._submit(lambda: self._race.pieces(rounds)).result()
 
     def stop(self, why: str = "cancelled") -> None:
         """End the race within one round, or one chunk of the prompt; callable from any thread. `why` stands in the

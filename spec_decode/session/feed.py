@@ -24,10 +24,20 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).translate(_ESCAPES)
 
 
-def encode_round(r: Round) -> str:
-    """One round as JSON: [lane 0|1, index, γ asked for, refused, kl, [[text, role, p, q, draft position], …]]."""
-    tokens = [[t.text, ROLES[t.role], _short(t.p), _short(t.q), t.draft_position] for t in r.tokens]
-    return dumps([int(r.lane != BASELINE), r.index, r.draft_length, r.refused, _short(r.kl), tokens])
+def encode_round(r: Round, pieces: dict[str, str] | None = None) -> str:
+    """One round as JSON, with every number as the trace has it, and the texts of alternatives that are new with it:
+
+    [lane 0|1, index, γ asked for, refused, kl,
+     [[text, role, p, q, draft position, id, target's alternatives, drafter's, compared], …],
+     [draft, verify, whole seconds, clock], drafter, residual, pieces]
+    """
+    tokens = [
+        [t.text, ROLES[t.role], t.p, t.q, t.draft_position, t.id, t.target_top, t.drafter_top, t.compared]
+        for t in r.tokens
+    ]
+    times = [r.draft_seconds, r.verify_seconds, r.seconds, r.clock]
+    lane = int(r.lane != BASELINE)
+    return dumps([lane, r.index, r.draft_length, r.refused, r.kl, tokens, times, r.drafter, r.residual, pieces or {}])
 
 
 class Feed:
@@ -37,9 +47,15 @@ class Feed:
         self.run = secrets.token_hex(6)
         self._rounds: list[str] = []
         self._sent = self._resend = 0
+        self._told: set[str] = set()  # alternatives whose texts went with an earlier round
 
-    def add(self, rounds: list[Round]) -> None:
-        self._rounds.extend(encode_round(r) for r in rounds)
+    def add(self, rounds: list[Round], pieces: dict[str, str] | None = None) -> None:
+        """More rounds, and the texts of their alternatives by id."""
+        for r in rounds:
+            fresh = {key: pieces[key] for key in map(str, r.alternatives) if key in pieces} if pieces else {}
+            fresh = {key: text for key, text in fresh.items() if key not in self._told}
+            self._told.update(fresh)
+            self._rounds.append(encode_round(r, fresh))
 
     def batch(self, phase: str, stats: dict[str, Any], **more: Any) -> str:
         """What is new since the last batch, and the last batch again."""
@@ -82,8 +98,3 @@ class Feeds:
 def idle() -> str:
     """The batch that empties the view."""
     return dumps({"run": "", "from": 0, "phase": "idle", "stats": {}, "rounds": []})
-
-
-def _short(x: float | None) -> float | None:
-    """Four significant digits are all a tooltip shows."""
-    return None if x is None else float(f"{x:.4g}")

@@ -78,7 +78,7 @@ def run(engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool =
             for r in rounds:
                 tally.add(r)
                 curves.add(r)
-            feed.add(rounds)
+            feed.add(rounds, race.pieces(rounds) if draw else {})
             trace = race.trace if done else None
             lasting = [str(note) for note in race.notes if note.lasting]
             cut = trace is not None and "time" in trace.finish.values()

@@ -6,7 +6,7 @@ protocols and nothing of models. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,9 @@ class Race(Protocol):
         Raises:
             UserError: the race cannot go on; what came before stands in `trace`.
         """
+
+    def pieces(self, rounds: Iterable[Round]) -> dict[str, str]:
+        """The text of every alternative of these rounds, as `Trace.pieces` has it. On the thread that iterates."""
 
     def stop(self, why: str = "cancelled") -> None:
         """Ends the race soon; may be called from any thread. `why` stands in `Trace.finish` for lanes that had not

@@ -11,7 +11,7 @@ import gc
 import platform
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from ..costs import learned
 from ..decode import Prefill
 from ..draft_length import RECORDED, controller
 from ..errors import OutOfMemory, PromptError, SettingsError, is_out_of_memory
-from ..events import BASELINE, SPECULATIVE, Alternative, Note, Promises, Reading, Residual, Round, Token, Trace
+from ..events import BASELINE, SPECULATIVE, Note, Promises, Reading, Round, Token, Trace
 from ..request import Request
 from ..text import TextStream, encode_chat
 from . import chosen_drafter
@@ -214,18 +214,13 @@ class Race:
             versions=_versions(),
             date=self.date,
             promises=Promises(exact=False, same_text=False) if self.settings.synthetic else LocalSource.promises,
-            pieces=self._texts(),
+            pieces=self.pieces(self.rounds),
             notes=tuple(map(str, self.notes)),
         )
 
-    def _texts(self) -> dict[str, str]:
-        """The text of every token that occurs as an alternative, by its id."""
-        ids = {
-            alternative.id
-            for r in self.rounds
-            for top in (*(t.target_top for t in r.tokens), *(t.drafter_top for t in r.tokens), _top(r.residual))
-            for alternative in top
-        }
+    def pieces(self, rounds: Iterable[Round]) -> dict[str, str]:
+        """The text of every token that occurs as an alternative in these rounds, by its id."""
+        ids: set[int] = set().union(*(r.alternatives for r in rounds))
         for token in ids - self._pieces.keys():
             self._pieces[token] = str(self.pair.tokenizer.decode([token]))
         return {str(token): self._pieces[token] for token in sorted(ids)}
@@ -245,10 +240,6 @@ class Race:
 
     def _emitted(self, lane: str) -> int:
         return sum(len(r.emitted) for r in self.rounds if r.lane == lane)
-
-
-def _top(residual: Residual | None) -> tuple[Alternative, ...]:
-    return residual.top if residual else ()
 
 
 def _versions() -> dict[str, str]:

@@ -6,8 +6,10 @@ the recorded one. Imports no torch.
 
 from __future__ import annotations
 
+import gzip
 import threading
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,23 @@ from . import Recording
 
 
 def read(path: str | Path) -> Trace:
-    """The trace in a file.
+    """The trace in a file, plain or compressed by gzip.
 
     Raises:
         UserError: the file cannot be read, or holds no trace.
     """
     try:
-        return Trace.from_json(Path(path).read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
+        return Trace.from_json((gzip.decompress(data) if data[:2] == _GZIP else data).decode("utf-8"))
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path} cannot be replayed: it is damaged ({error}).") from error
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"{path} cannot be replayed: {error}.") from error
+
+
+_GZIP = b"\x1f\x8b"
 
 
 class ReplaySource:
@@ -103,6 +111,11 @@ class ReplayRace:
             clocks[r.lane] = r.clock
             self._played.append(r)
             yield r
+
+    def pieces(self, rounds: Iterable[Round]) -> dict[str, str]:
+        """The texts of the alternatives of these rounds, as far as they were recorded."""
+        known = self._recorded.pieces
+        return {key: known[key] for r in rounds for key in map(str, r.alternatives) if key in known}
 
     def stop(self, why: str = "cancelled") -> None:
         """Ends the playback at once; may be called from any thread. `why` stands in `finish` for lanes that had not

@@ -8,7 +8,9 @@ component's own style sheet anew on every update, which would restyle thousands 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
@@ -22,8 +24,13 @@ def asset(name: str) -> str:
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
-def token_view(feeds: Feeds) -> gr.HTML:
-    """The two lanes and the score board; its value is a batch of `feed.Feed`. It also explains the `terms` of the page.
+# of the token view, in this order; all but the last know nothing of Gradio
+SCRIPTS = ("trace.js", "explain.js", "view.js", "card.js", "inspector.js", "timeline.js", "player.js", "token_view.js")
+
+
+def token_view(feeds: Feeds, recordings: Sequence[dict[str, Any]] = ()) -> gr.HTML:
+    """The two lanes and the score board; its value is a batch of `feed.Feed`. It also explains the `terms` of the page,
+    and plays the first of `recordings` (`recordings.shipped`) until a race begins.
 
     Where the view missed batches it calls the server function `missing`, which looks them up in `feeds`.
     """
@@ -34,10 +41,11 @@ def token_view(feeds: Feeds) -> gr.HTML:
     return gr.HTML(
         idle(),
         html_template=asset("token_view.html"),
-        js_on_load=asset("token_view.js"),
+        js_on_load="\n".join(map(asset, SCRIPTS)),
         apply_default_css=False,
         server_functions=[missing],
         terms=TERMS,
+        recordings=list(recordings),
         elem_id="sd-token-view",
     )
 

@@ -16,6 +16,7 @@ from starlette.middleware import Middleware
 from ..paths import ASSETS
 from ..session.device import Engine
 from ..session.feed import Feeds
+from ..session.recordings import shipped
 from .api import race_endpoint
 from .components import asset, figures, token_view
 from .controls import settings_panel
@@ -44,8 +45,9 @@ def examples() -> list[dict[str, str]]:
     return [json.loads(line) for line in asset("examples.jsonl").splitlines() if line.strip()]
 
 
-def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
-    """The page over this engine; `max_queue` visitors may wait, the next is told to come back later."""
+def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Blocks:
+    """The page over this engine; `max_queue` visitors may wait, the next is told to come back later. With `recordings`
+    it plays one of those that come with it until the visitor runs a race."""
     feeds = Feeds()
     with Server(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as blocks:
         _html(asset("header.html"), "sd-header")
@@ -80,7 +82,7 @@ def build(engine: Engine, max_queue: int = 32) -> gr.Blocks:
                     most = panel.controls["max_new_tokens"]
                     most.value = min(most.value, engine.limits.new_tokens or most.value)
             with gr.Column(elem_id="sd-main", min_width=320):
-                view = token_view(feeds)
+                view = token_view(feeds, shipped() if recordings else ())
                 figures()
                 download = gr.DownloadButton(
                     "Download trace (JSON)", size="sm", elem_id="sd-download", interactive=False

@@ -74,6 +74,8 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
             page.retry: gr.update(visible=now.phase == "failed"),
             page.timer: gr.update(active=now.phase == "loading"),
         }
+        if now.phase == "absent":
+            out[page.prompt] = gr.update(interactive=False, placeholder="There is no model here to ask.")
         if now.phase == "ready":
             own = now.drafters[0]
             out[panel.drafter] = gr.update(choices=list(now.drafters), value=own, info=drafter_help(own))
