@@ -1,4 +1,4 @@
-"""Command line: `python -m spec_decode race`, `… bench`, `… prove`, `… models`, `… record`, `… train-drafter`, `… check`.
+"""Command line: `python -m spec_decode race`, `… bench`, `… prove`, `… models`, `… record` and others.
 
 What is asked for goes to standard output, progress and errors to standard error. Exit code 2 for bad input, 1 for a
 failure, 0 otherwise; `prove` has two more (`prove.command`).

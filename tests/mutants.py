@@ -1054,9 +1054,23 @@ MUTANTS = [
     Mutant(
         "the cost of a draft is mixed over the drafters",
         "costs.py",
-        "_draft_scale(prior, _Evidence.of(rounds).drafts.get(drafter, []))",
-        "_draft_scale(prior, sum(_Evidence.of(rounds).drafts.values(), []))",
+        "_drafting(prior, evidence.drafts.get(drafter, []))",
+        "_drafting(prior, sum(evidence.drafts.values(), []))",
         "test_costs.py::test_with_two_drafters_a_draft_costs_what_the_named_one_takes",
+    ),
+    Mutant(
+        "every race moves the costs as if it were the first",
+        "costs.py",
+        "if prior.errors:",
+        "if False:",
+        "test_costs.py::test_the_more_races_there_were_the_less_one_moves_the_costs",
+    ),
+    Mutant(
+        "the probabilities of the target are not read",
+        "prediction.py",
+        "0.0 if token.p is None else",
+        "0.0 if True else",
+        "test_prediction.py::test_the_targets_probabilities_tell_what_an_adaptive_race_left_undrafted",
     ),
     # Recorded rounds
     Mutant(
