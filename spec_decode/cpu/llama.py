@@ -185,7 +185,7 @@ class Int8Llama(nn.Module):
             capacity=cache.capacity,
         )
         kernels.llama(self.weights, self.shape, buffers, rows, self._scratch(len(x), len(rows.logits)))
-        logits = torch.from_numpy(rows.logits).view(sequences, wanted, -1)
+        logits = torch.from_numpy(rows.logits).view(sequences, wanted, rows.logits.shape[1])
         return x.view(sequences, count, -1), logits[:, wanted - keep :], cache
 
     def _scratch(self, rows: int, keep: int) -> LlamaScratch:
