@@ -22,12 +22,14 @@ from ..errors import UserError, quoted
 from ..events import Trace
 from ..settings import Settings
 from . import datasets
+from .engines import KINDS
 from .plan import Grid
 from .record import Record, read
 
 if TYPE_CHECKING:
     from ..loading.pair import Pair
     from .method import Bench, Sizes
+    from .peers import Extras
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -51,9 +53,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--contexts", metavar="LIST", help="extend the prompts to so many tokens, such as 256,1024,4096"
     )
     command.add_argument("--turns", metavar="N", help="ask on, N turns a conversation, with the answers as history")
-    command.add_argument(
-        "--peers", default="", metavar="LIST", help="comma-separated: transformers, llama.cpp, openvino"
-    )
+    command.add_argument("--peers", default="", metavar="LIST", help=f"comma-separated: {', '.join(KINDS)}, or all")
+    command.add_argument("--vllm", default="", metavar="PYTHON", help="the Python of an environment that has vLLM")
+    command.add_argument("--llama-draft", default="", metavar="FILE", help="a GGUF file that llama.cpp drafts with")
     command.add_argument("--repeats", default=REPEATS, metavar="N", help=f"measure everything N times ({REPEATS})")
     command.add_argument("--order-seed", default=0, metavar="N", help="of the shuffled order")
     command.add_argument("--json", metavar="OUT", help="write the report as JSON (docs/bench.schema.json)")
@@ -113,9 +115,10 @@ def run(
         contents = read(arguments.report)
         _write(arguments, contents, Path(arguments.report))
         return
-    from .peers import parse
+    from .peers import Extras, parse
 
-    names, choice = parse(arguments.peers), flags.read(arguments)
+    extras = Extras(arguments.vllm, arguments.llama_draft)
+    names, choice = parse(arguments.peers, extras), flags.read(arguments)
     wanted = grid(arguments, settings, names)
     prompts = datasets.read(arguments.dataset, arguments.path or arguments.prompts)
     choice["drafter"] = wanted.drafters[0] or choice["drafter"]
@@ -141,7 +144,7 @@ def run(
         if found.measurements:
             say(f"{path} holds {len(found.measurements)} measurements of this run, which goes on")
         try:
-            _measure(bench, record, names, pair, say)
+            _measure(bench, record, pair, extras, say)
         except (KeyboardInterrupt, UserError):
             if found.measurements:
                 _write(arguments, found, path)
@@ -150,7 +153,7 @@ def run(
     _write(arguments, found, path)
 
 
-def _measure(bench: Bench, record: Record, names: Sequence[str], pair: Pair, say: Say) -> None:
+def _measure(bench: Bench, record: Record, pair: Pair, extras: Extras, say: Say) -> None:
     from tqdm import tqdm
 
     from .peers import Peers
@@ -164,7 +167,7 @@ def _measure(bench: Bench, record: Record, names: Sequence[str], pair: Pair, say
                 bench.ids(i, context) for i in range(len(bench.prompts)) for context in bench.grid.contexts or (None,)
             ]
             first = bench.grid.settings_of(next(c for c in bench.grid.conditions() if c.peer), 0)
-            peers = bench.peers = stack.enter_context(Peers(names, pair, first, ids, say))
+            peers = bench.peers = stack.enter_context(Peers(bench.grid.peers, pair, first, ids, say, extras))
         quiet = not sys.stderr.isatty()
         bar = stack.enter_context(
             tqdm(
