@@ -1,4 +1,4 @@
-"""Peers: the search for the fastest settings, isolation from our lanes, refusals and the report.
+"""Peers that decode plainly: the search for the fastest settings, isolation from our lanes, refusals and the report.
 
 The packages of llama.cpp and OpenVINO are not needed: stubs replace them.
 """
@@ -18,14 +18,18 @@ import torch
 from tiny import PairOf, ScriptedDrafter, model
 
 from spec_decode.__main__ import main
-from spec_decode.bench import engines
-from spec_decode.bench.engines import Job, LlamaCpp, OpenVINO, Run, Transformers, tune
+from spec_decode.bench.engines import Job, Run, huggingface
+from spec_decode.bench.engines.huggingface import Transformers
+from spec_decode.bench.engines.llama_cpp import LlamaCpp
+from spec_decode.bench.engines.openvino_genai import OpenVINO
+from spec_decode.bench.engines.tuning import tune
 from spec_decode.bench.markdown import peer_settings
 from spec_decode.bench.markdown import peers as peers_table
 from spec_decode.bench.measurement import PEER, Measurement
 from spec_decode.bench.method import Bench
-from spec_decode.bench.peers import Beside, Peer, Peers, parse, thread_counts
+from spec_decode.bench.peers import Peer, Peers, parse, thread_counts
 from spec_decode.bench.plan import Grid
+from spec_decode.bench.seats import Beside
 from spec_decode.bench.summary import report as summarize
 from spec_decode.errors import ModelError, UserError
 from spec_decode.loading import pair as models
@@ -45,13 +49,18 @@ class Fake:
         self.now: tuple[int, str] | None = None
         self.runs: list[tuple[int, str]] = []
 
+    starts_slowly = False
+
     def options(self, ids: list[int]) -> list[dict[str, str]]:
         return [{"kind": kind} for kind in dict.fromkeys(kind for _, kind in self.speed)]
+
+    def drafts(self) -> list[dict[str, str]]:
+        return [{}]
 
     def use(self, threads: int, option: dict[str, str]) -> None:
         self.now = threads, option["kind"]
 
-    def run(self, ids: list[int], tokens: int, stop: bool = True) -> Run:
+    def run(self, ids: list[int], tokens: int, stop: bool = True, seed: int | None = None) -> Run:
         self.runs.append(self.now)
         rate = self.speed[self.now] * (1 - self.slowing) ** len(self.runs)
         return Run(list(range(tokens)), 0.1, (tokens - 1) / rate)
@@ -119,7 +128,7 @@ def checkpoint_of(folder: Path) -> str:
 
 def test_the_fastest_settings_are_chosen_and_every_trial_reported():
     engine = Fake({(1, "a"): 80, (2, "a"): 95, (1, "b"): 60, (2, "b"): 140, (3, "a"): 20, (3, "b"): 30})
-    tuned = tune(engine, [1, 2, 3], [1, 2])
+    tuned = tune(engine, [1, 2, 3], [[1, 2]])
     assert (tuned.threads, tuned.option) == (2, {"kind": "b"})
     assert engine.now == engine.runs[-1] == (2, "b")  # the engine is left warm with the chosen settings
     assert [(trial["threads"], trial["kind"]) for trial in tuned.trials] == [
@@ -131,7 +140,7 @@ def test_the_fastest_settings_are_chosen_and_every_trial_reported():
 
 def test_a_machine_that_slows_down_does_not_affect_the_choice():
     speed = {(threads, "a"): 100.0 + 2 * threads for threads in (1, 2, 3)}
-    assert tune(Fake(speed, slowing=0.02), [1, 2, 3], [1]).threads == 3
+    assert tune(Fake(speed, slowing=0.02), [1, 2, 3], [[1]]).threads == 3
 
 
 @pytest.mark.parametrize(("cores", "physical", "counts"), [
@@ -168,7 +177,7 @@ def test_transformers_gets_its_fastest_thread_count_and_pytorch_keeps_its_own(be
     """A pair in int8 leaves PyTorch with one thread, as `one_thread` does; the peer must not inherit that."""
     clock = Clock({threads: 5.0 if threads == best else 1.0 for threads in (1, 2)})
     engine = Transformers(Job(checkpoint_of(tmp_path)), clock=clock)
-    tuned = tune(engine, [1, 2], [1, 2, 3])
+    tuned = tune(engine, [1, 2], [[1, 2, 3]])
     assert tuned.threads == best
     assert {trial["threads"]: trial["tokens_per_second"] for trial in tuned.trials} == pytest.approx(clock.speed)
     clock.seen.clear()
@@ -196,7 +205,7 @@ def test_transformers_emits_the_text_of_the_target_and_stops_at_the_same_token(t
 
 @pytest.mark.parametrize(("limit", "dtypes"), [(-1.0, {"float32"}), (1e9, {"float32", "bfloat16"})])
 def test_a_dtype_is_tried_only_if_it_is_close_to_float32(limit, dtypes, tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(engines, "CLOSE", limit)
+    monkeypatch.setattr(huggingface, "CLOSE", limit)
     engine = Transformers(Job(checkpoint_of(tmp_path), dtypes=("float32", "bfloat16")))
     assert {option["dtype"] for option in engine.options([1, 2, 3, 4])} == dtypes
     assert 0 < engine.drift["bfloat16"] < 1
@@ -319,7 +328,7 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> No
 
 def test_peer_names_are_parsed_or_refused(monkeypatch):
     assert parse("openvino, transformers,,openvino") == ["openvino", "transformers"]
-    with pytest.raises(UserError, match=r"Unknown peer 'abacus'; choose among transformers, llama.cpp, openvino"):
+    with pytest.raises(UserError, match=r"Unknown peer 'abacus'; choose among transformers, transformers-lookup, "):
         parse("transformers,abacus")
 
 
@@ -364,7 +373,7 @@ def test_an_engine_that_fails_or_ends_raises_one_sentence(tmp_path):
     seat = Beside("transformers", Job(str(tmp_path / "nowhere")))
     try:
         with pytest.raises(ModelError, match=r"^The peer transformers failed: There is no directory .*nowhere"):
-            seat.ask({"do": "tune", "counts": [1], "ids": [1]})
+            seat.ask({"do": "tune", "counts": [1], "prompts": [[1]]})
         assert seat.cpu() > 0
         seat.process.kill()
         seat.process.wait()
@@ -378,7 +387,7 @@ def test_a_peer_that_fails_does_not_affect_others():
     pair, settings = tiny_pair(), Settings(max_new_tokens=4)
     with Peers([], pair, settings, []) as peers:
         broken, sound = FakeSeat(None), FakeSeat([1, 2, 3])
-        peers.running |= {"broken": Peer("broken", broken, [1, 2], [1]), "sound": Peer("sound", sound, [1, 2], [1])}
+        peers.running |= {"broken": Peer("broken", broken, [1, 2], [[1]]), "sound": Peer("sound", sound, [1, 2], [[1]])}
         found, summary = benched(pair, settings, peers, ["broken", "sound"])
         report = peers.report()
     assert broken.closed and sound.closed
@@ -396,7 +405,7 @@ def test_agreement_counts_identical_texts_and_the_mean_common_prefix():
     prompt = LocalSource(pair).race(Request(PROMPTS[0]["prompt"], settings)).ids
     ids = Transformers(Job(""), model=pair.target.model).run(prompt, 4).ids
     with Peers([], pair, settings, []) as peers:
-        peers.running["twin"] = Peer("twin", FakeSeat(ids), [1, 2], [1])
+        peers.running["twin"] = Peer("twin", FakeSeat(ids), [1, 2], [[1]])
         found, report = benched(pair, settings, peers, ["twin"])
     theirs = {m.prompt: m for m in found if m.condition.peer}
     lane = theirs["0"].lanes[PEER]
@@ -414,7 +423,7 @@ def test_agreement_counts_identical_texts_and_the_mean_common_prefix():
 def test_texts_of_peers_are_not_compared_when_sampling():
     pair, settings = tiny_pair(), Settings(max_new_tokens=4, temperature=0.7)
     with Peers([], pair, settings, []) as peers:
-        peers.running["other"] = Peer("other", FakeSeat([1, 2, 3]), [1], [1])
+        peers.running["other"] = Peer("other", FakeSeat([1, 2, 3]), [1], [[1]])
         _, report = benched(pair, settings, peers, ["other"])
     assert report["peers"][0]["agreement"]["texts"] == 0
     assert "| – | – tokens |" in told(report)

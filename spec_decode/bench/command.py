@@ -22,12 +22,14 @@ from ..errors import UserError, quoted
 from ..events import Trace
 from ..settings import Settings
 from . import datasets
+from .engines import KINDS
 from .plan import Grid
 from .record import Record, read
 
 if TYPE_CHECKING:
     from ..loading.pair import Pair
     from .method import Bench, Sizes
+    from .peers import Extras
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -51,9 +53,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--contexts", metavar="LIST", help="extend the prompts to so many tokens, such as 256,1024,4096"
     )
     command.add_argument("--turns", metavar="N", help="ask on, N turns a conversation, with the answers as history")
-    command.add_argument(
-        "--peers", default="", metavar="LIST", help="comma-separated: transformers, llama.cpp, openvino"
-    )
+    command.add_argument("--peers", default="", metavar="LIST", help=f"comma-separated: {', '.join(KINDS)}, or all")
+    command.add_argument("--vllm", default="", metavar="PYTHON", help="the Python of an environment that has vLLM")
+    command.add_argument("--llama-draft", default="", metavar="FILE", help="a GGUF file that llama.cpp drafts with")
     command.add_argument(
         "--batch-size", metavar="N", help="several prompts at once instead, such as 1,2,4,8; needs --draft-length N"
     )
@@ -116,9 +118,10 @@ def run(
         contents = read(arguments.report)
         _write(arguments, contents, Path(arguments.report))
         return
-    from .peers import parse
+    from .peers import Extras, parse
 
-    names, choice = parse(arguments.peers), flags.read(arguments)
+    extras = Extras(arguments.vllm, arguments.llama_draft)
+    names, choice = parse(arguments.peers, extras), flags.read(arguments)
     wanted = grid(arguments, settings, names)
     prompts = datasets.read(arguments.dataset, arguments.path or arguments.prompts)
     choice["drafter"] = wanted.drafters[0] or choice["drafter"]
@@ -144,7 +147,7 @@ def run(
         if found.measurements:
             say(f"{path} holds {len(found.measurements)} measurements of this run, which goes on")
         try:
-            _measure(bench, record, names, pair, say)
+            _measure(bench, record, pair, extras, say)
         except (KeyboardInterrupt, UserError):
             if found.measurements:
                 _write(arguments, found, path)
@@ -164,21 +167,11 @@ def run_batches(
     from ..batch import check_length
     from .batch import filling, measure, sizes_of, table
 
-    for name in (
-        "peers",
-        "draft_lengths",
-        "drafters",
-        "rules",
-        "temperatures",
-        "contexts",
-        "turns",
-        "html",
-        "markdown",
-    ):
+    varied = "peers", "draft_lengths", "drafters", "rules", "temperatures", "contexts", "turns", "html", "markdown"
+    for name in varied:
         if getattr(arguments, name):
-            raise UserError(
-                f"Batches are measured in one setting; leave out --{name.replace('_', '-')} or --batch-size."
-            )
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"Batches are measured in one setting; leave out {option} or --batch-size.")
     if settings.synthetic_acceptance is not None:
         raise UserError("Batches have real verdicts; leave out --synthetic-acceptance or --batch-size.")
     check_writable(arguments.json)
@@ -196,7 +189,7 @@ def run_batches(
         Path(arguments.json).write_text(text + "\n", encoding="utf-8")
 
 
-def _measure(bench: Bench, record: Record, names: Sequence[str], pair: Pair, say: Say) -> None:
+def _measure(bench: Bench, record: Record, pair: Pair, extras: Extras, say: Say) -> None:
     from tqdm import tqdm
 
     from .peers import Peers
@@ -210,7 +203,7 @@ def _measure(bench: Bench, record: Record, names: Sequence[str], pair: Pair, say
                 bench.ids(i, context) for i in range(len(bench.prompts)) for context in bench.grid.contexts or (None,)
             ]
             first = bench.grid.settings_of(next(c for c in bench.grid.conditions() if c.peer), 0)
-            peers = bench.peers = stack.enter_context(Peers(names, pair, first, ids, say))
+            peers = bench.peers = stack.enter_context(Peers(bench.grid.peers, pair, first, ids, say, extras))
         quiet = not sys.stderr.isatty()
         bar = stack.enter_context(
             tqdm(

@@ -93,13 +93,18 @@ def lane_figures(
 
 
 def peer_figures(answer: dict[str, Any]) -> LaneFigures:
-    """The figures of a peer's run: {"ids", "first", "seconds", "tokens_per_second"}, as `engines.Run`."""
+    """The figures of a peer's run: {"ids", "first", "seconds", "tokens_per_second"}, and {"drafted", "accepted"} where
+    it tells them, as `engines.Run`."""
     ids, first, seconds = answer["ids"], answer["first"], answer["seconds"]
+    drafted, accepted = answer.get("drafted") or 0, answer.get("accepted") or 0
     return LaneFigures(
         token_ids=tuple(ids),
         time_to_first_token=first,
         tokens_per_second=answer["tokens_per_second"],
         end_to_end_tokens_per_second=rate(len(ids), first + seconds),
+        drafted=drafted,
+        accepted=accepted,
+        acceptance_rate=accepted / drafted if drafted else None,
         repeated_share=repeated_share(ids),
     )
 

@@ -239,10 +239,10 @@ def peers(report: Report) -> Iterator[str]:
     found = [peer for peer in report["peers"] if "tokens_per_second" in peer]
     if found:
         yield (
-            "| engine | weights | threads | tok/s | our baseline | our speculative lane | same text as our target "
-            "| common prefix |"
+            "| engine | weights | threads | tok/s | acceptance | our baseline | our speculative lane "
+            "| same text as our target | common prefix | KL from float32, nats |"
         )
-        yield "| --- | --- |" + " ---: |" * 6
+        yield "| --- | --- |" + " ---: |" * 8
     for peer in found:
         facts, texts, rate = peer["facts"], peer["agreement"], peer["tokens_per_second"]
         ours = "; ".join(f"{name}: {interval(ratio)}" for name, ratio in peer["speculative"].items())
@@ -251,8 +251,9 @@ def peers(report: Report) -> Iterator[str]:
         same = f"{texts['identical']} of {texts['texts']}" if texts["texts"] else "–"
         yield (
             f"| {peer['label']} | {facts.get('weights', '–')} | {facts.get('threads', '–')} "
-            f"| {show(rate['median'] if rate else None, 1)} | {interval(peer['baseline'])} | {ours} | {same} "
-            f"| {show(texts['common_prefix'], 1)} tokens |"
+            f"| {show(rate['median'] if rate else None, 1)} | {show(peer['acceptance_rate'], 2)} "
+            f"| {interval(peer['baseline'])} | {ours} | {same} | {show(texts['common_prefix'], 1)} tokens "
+            f"| {show(facts.get('fidelity', {}).get('kl'), 4)} |"
         )
 
 
@@ -265,11 +266,7 @@ def peer_settings(report: Report) -> Iterator[str]:
             yield f"Without {name}: {facts['skipped']}"
             continue
         if "trials" in facts:
-            tried = ", ".join(
-                f"{' '.join(str(v) for key, v in trial.items() if key not in ('threads', 'tokens_per_second'))} "
-                f"{trial['threads']} thread{'s' * (trial['threads'] > 1)} {trial['tokens_per_second']:.1f}".strip()
-                for trial in facts["trials"]
-            )
+            tried = ", ".join(_trial(trial) for trial in facts["trials"])
             settings = ", ".join(f"{key} {value}" for key, value in facts["settings"].items())
             yield f"{name}: {facts['version']}; {settings}. Tried, tokens/s: {tried}."
         if busy := facts.get("busy_cores"):
@@ -277,8 +274,40 @@ def peer_settings(report: Report) -> Iterator[str]:
                 f"Busy cores: {show(busy['own'], 2)} in its own turns, {show(busy['others'], 3)} in the turns of "
                 f"others. Our process in its turns: {show(busy['ours'], 3)}."
             )
+        if found := facts.get("fidelity"):
+            yield " ".join(fidelity(found))
         if "failed" in facts:
             yield f"It ended early: {facts['failed']}"
+
+
+def fidelity(found: dict[str, Any]) -> Iterator[str]:
+    """How far an engine's distributions are from float32, and whether its draws follow its own."""
+    if "failed" in found:
+        yield f"Its distribution was not measured: {found['failed']}"
+        return
+    if found["kl"] is None:
+        yield "It gives no distribution to compare with float32."
+    else:
+        yield f"KL(float32 ‖ engine) {found['kl']:.4f} nats, mean over {found['positions']} positions" + (
+            f"; of our target {found['ours']:.4f} nats." if found.get("ours") is not None else "."
+        )
+    if drawn := found["chi_square"]:
+        whose = "its own distribution" if drawn["own"] else "the distribution in float32, since it gives none"
+        if drawn["p"] is None:
+            yield "No chi-square test of its draws: nearly all of the probability is on one pair of tokens."
+        else:
+            yield (
+                f"{drawn['draws']} drawn pairs of tokens against {whose}: chi-square {drawn['statistic']:.1f} with "
+                f"{drawn['cells'] - 1} degrees of freedom, p = {drawn['p']:.3g}."
+            )
+
+
+def _trial(trial: dict[str, Any]) -> str:
+    """Settings and rate of a trial."""
+    words = [str(trial[key]) for key in ("dtype", "cache", "attention", "kind") if key in trial]
+    words += [f"{trial[key]} {what}" for key, what in (("tokens", "drafted"), ("ngram", "matched")) if key in trial]
+    words.append(f"{trial['threads']} thread{'s' * (trial['threads'] > 1)}")
+    return f"{' '.join(words)} {trial['tokens_per_second']:.1f}"
 
 
 def prompts(report: Report) -> Iterator[str]:

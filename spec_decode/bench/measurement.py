@@ -24,8 +24,9 @@ PEER = "peer"  # the lane of a measurement of another engine
 class Condition:
     """What is compared. Two measurements with equal conditions differ in prompt, repeat and time only. Hashable.
 
-    draft_length: γ from 1 to 16, or a policy, "adaptive" or "rate"; 0 for an engine that decodes without a draft.
-    drafter: its name, as `Source.drafters` has it; empty for an engine that decodes without a draft.
+    draft_length: γ from 1 to 16, or a policy, "adaptive" or "rate"; 0 for other engines, whose facts tell how they
+        draft.
+    drafter: its name, as `Source.drafters` has it; empty for other engines.
     rule: name of the verification rule that decides at this temperature (`Settings.deciding`); empty for other engines.
     temperature: 0 is greedy decoding.
     context: tokens that the prompt was extended to, None where it was left as it is.

@@ -1,31 +1,32 @@
 """The peers of the benchmark: other engines on the same prompts and machine, each with its fastest settings.
 
 In: a pair, settings, prompt ids. Out: `Peers`, which runs a prompt through each engine, with the same prompt ids and
-stop ids. On the CPU each peer has its own process, so that the threads and settings of peers and lanes do not affect
-each other; the CPU time that a peer uses outside its turns is measured. On other devices, and for a target quantized by
-bitsandbytes, transformers is the only peer; it runs in this process on the loaded weights. Independent of our lanes.
+stop ids, and says how far its distributions are from float32. On the CPU each peer has its own process, so that the
+threads and settings of peers and lanes do not affect each other; the CPU time that a peer uses outside its turns is
+measured. On other devices, and for a target quantized by bitsandbytes, the modes of transformers are the only peers;
+they run in this process on the loaded weights. Independent of our lanes.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import subprocess
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
 from ..errors import ModelError, UserError
 from ..loading.catalog import EMBEDDED
-from .engines import ENGINES, Engine, Job, Transformers, answer
+from .engines import KINDS, Job
+from .engines.huggingface import Transformers
+from .fidelity import Reference, fidelity, kl
+from .seats import Beside, Inside, Seat
 
 if TYPE_CHECKING:
     from ..loading.pair import Pair
@@ -33,23 +34,39 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-PACKAGES = {"llama.cpp": ("xllamacpp", "xllamacpp"), "openvino": ("openvino_genai", "openvino-genai")}
+ALL = "all"
+VLLM_PYTHON = "SPEC_DECODE_VLLM"  # environment variable
 _FEW = 8  # with more cores, not every number of threads is tried
+_TUNING = 3  # prompts that settings are tried on
+_ROOM = 64  # positions beyond a prompt that fidelity and trials need
 
 
-def parse(names: str) -> list[str]:
-    """The peers of a comma-separated list, each once.
+class Extras(NamedTuple):
+    """What some peers need besides the pair.
+
+    vllm: the interpreter of an environment with vLLM; empty takes the variable SPEC_DECODE_VLLM, or our own.
+    llama_draft: a GGUF file of a draft model for llama.cpp.
+    """
+
+    vllm: str = ""
+    llama_draft: str = ""
+
+
+def parse(names: str, extras: Extras | None = None) -> list[str]:
+    """The peers of a comma-separated list, each once; "all" stands for all of them.
 
     Raises:
         UserError: a name is unknown, or there is only one and its package is missing.
     """
-    found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    for name in found:
-        if name not in ENGINES:
-            raise UserError(f"Unknown peer {name!r}; choose among {', '.join(ENGINES)}.")
-    if len(found) == 1 and (reason := _missing(found[0])):
+    found: dict[str, None] = {}
+    for name in (part.strip() for part in names.split(",")):
+        if name and name != ALL and name not in KINDS:
+            raise UserError(f"Unknown peer {name!r}; choose among {', '.join(KINDS)}, {ALL}.")
+        found |= dict.fromkeys(KINDS if name == ALL else [name] if name else [])
+    chosen = list(found)
+    if len(chosen) == 1 and (reason := _missing(chosen[0], extras or Extras())):
         raise UserError(reason)
-    return found
+    return chosen
 
 
 def thread_counts() -> list[int]:
@@ -62,105 +79,6 @@ def thread_counts() -> list[int]:
     return sorted({2**i for i in range(usable.bit_length()) if 2**i <= usable} | {physical, usable})
 
 
-class Seat(Protocol):
-    """The place where an engine runs. `ask` sends it a request for `engines.answer`. `cpu` is the CPU time of its
-    process so far in seconds, or None if it runs in our process."""
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]: ...
-
-    def cpu(self) -> float | None: ...
-
-    def close(self) -> None: ...
-
-
-class Beside:
-    """An engine in its own process.
-
-    Raises:
-        ModelError: the engine cannot be started.
-    """
-
-    def __init__(self, name: str, job: Job) -> None:
-        self.name = name
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the process)
-        root = str(Path(__file__).parents[2])
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.engines"],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            encoding="utf-8",
-        )
-        try:
-            self.ask({"engine": name, "job": asdict(job)})
-        except BaseException:
-            self.close()
-            raise
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a request.
-
-        Raises:
-            ModelError: the engine failed, or its process ended.
-        """
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except OSError:
-            line = ""
-        if not line:
-            raise ModelError(f"The peer {self.name} ended with exit code {self.process.wait()}: {self._last_line()}")
-        found: dict[str, Any] = json.loads(line)
-        if "error" in found:
-            raise ModelError(f"The peer {self.name} failed: {found['error'].rstrip('.')}.")
-        return found
-
-    def cpu(self) -> float | None:
-        try:
-            times = psutil.Process(self.process.pid).cpu_times()
-        except psutil.Error:
-            return None
-        return float(times.user + times.system)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout, self.log):
-            if pipe is not None:
-                with suppress(OSError):  # a request that was not read
-                    pipe.close()
-
-    def _last_line(self) -> str:
-        self.log.seek(0)
-        lines = [line for line in self.log.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1].strip()[:200] if lines else "it printed no error"
-
-
-class Inside:
-    """An engine in this process."""
-
-    def __init__(self, name: str, engine: Engine) -> None:
-        self.name = name
-        self.engine = engine
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return answer(self.engine, request)
-        except RuntimeError as error:
-            raise ModelError(f"The peer {self.name} failed: {' '.join(str(error).split())[:300]}") from error
-
-    def cpu(self) -> float | None:
-        return None
-
-    def close(self) -> None:
-        self.engine.close()
-
-
 class Peer:
     """An engine with its fastest settings, and the facts to report about it.
 
@@ -168,16 +86,20 @@ class Peer:
         ModelError: the engine failed while it was tuned.
     """
 
-    def __init__(self, name: str, seat: Seat, counts: Sequence[int], ids: list[int]) -> None:
+    def __init__(self, name: str, seat: Seat, counts: Sequence[int], prompts: Sequence[list[int]]) -> None:
         self.name = name
         self.seat = seat
-        self.facts = seat.ask({"do": "tune", "counts": list(counts), "ids": ids})
+        self.facts = seat.ask({"do": "tune", "counts": list(counts), "prompts": [list(ids) for ids in prompts]})
         self.turns = {"own": _Load(), "others": _Load()}
         self.ours = _Load()
-        self.since = time.perf_counter(), seat.cpu()
+        self.begin()
+
+    def begin(self) -> None:
+        """Leaves the CPU time that was used so far out of the report."""
+        self.since = time.perf_counter(), self.seat.cpu()
 
     def run(self, ids: list[int], tokens: int) -> dict[str, Any]:
-        """Runs a prompt: {"ids", "first", "seconds", "tokens_per_second"}, as `engines.Run`.
+        """Runs a prompt: as `engines.service.answer`.
 
         Raises:
             ModelError: the engine failed.
@@ -222,13 +144,14 @@ class _Load:
 
 
 class Peers:
-    """The engines of `names` that can run the pair, tuned and warm; a context manager that closes them.
+    """The engines of `names` that can run the pair, tuned, checked and warm; a context manager that closes them.
 
     Attributes:
         skipped: by name, a sentence that says why an engine does not run.
 
     Args:
-        prompts: ids of all prompts of the benchmark; settings are tried on the first one.
+        prompts: ids of all prompts of the benchmark; settings are tried on `_TUNING` of them, spread over all.
+        check: measure the fidelity of every engine as well.
 
     Raises:
         UserError: there is only one name, and it cannot run this pair or its package is missing.
@@ -242,33 +165,50 @@ class Peers:
         settings: Settings,
         prompts: Sequence[list[int]],
         progress: Say | None = None,
+        extras: Extras | None = None,
+        *,
         counts: Sequence[int] | None = None,
+        check: bool = True,
     ) -> None:
         self.say = progress or (lambda line: None)
         self.running: dict[str, Peer] = {}
         self.skipped: dict[str, str] = {}
         self.tokens = settings.max_new_tokens
         self._ended: dict[str, dict[str, Any]] = {}
-        names = parse(",".join(names))
-        for name in names:
-            seat: Seat | None = None
-            try:
-                self.say(f"Finding the fastest settings for {name} …")
-                seat = _seat(name, pair, settings, max(map(len, prompts), default=1), self.say)
-                tried = [_current()] if pair.target.device.type != "cpu" else counts or thread_counts()
-                self.running[name] = Peer(name, seat, tried, prompts[0] if prompts else [1, 2, 3])
-            except UserError as error:
-                if seat is not None:
-                    seat.close()
-                if len(names) == 1:
+        extras = extras or Extras()
+        names = parse(",".join(names), extras)
+        tuning = list(prompts[:: max(1, len(prompts) // _TUNING)][:_TUNING]) or [[1, 2, 3]]
+        tried = [_current()] if pair.target.device.type != "cpu" else counts or thread_counts()
+        checks = Checks(pair, settings, tuning) if check else None
+        try:
+            for name in names:
+                seat: Seat | None = None
+                try:
+                    self.say(f"Finding the fastest settings for {name} …")
+                    seat = _seat(name, pair, settings, (max(map(len, prompts), default=1), extras), self.say)
+                    peer = Peer(name, seat, tried, tuning)
+                    if checks is not None:
+                        self.say(f"Checking the distribution of {name} …")
+                        peer.facts["fidelity"] = checks.of(seat)
+                        peer.begin()
+                    self.running[name] = peer
+                except UserError as error:
+                    if seat is not None:
+                        seat.close()
+                    if len(names) == 1:
+                        raise
+                    self.skipped[name] = str(error)
+                    self.say(f"Without {name}: {error}")
+                except BaseException:
+                    if seat is not None:
+                        seat.close()
                     raise
-                self.skipped[name] = str(error)
-                self.say(f"Without {name}: {error}")
-            except BaseException:
-                if seat is not None:
-                    seat.close()
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            if checks is not None:
+                checks.close()
 
     def run(self, name: str, ids: list[int]) -> dict[str, Any] | None:
         """Runs a prompt through an engine, as `Peer.run`. None for one that does not run; one that fails is removed."""
@@ -302,11 +242,71 @@ class Peers:
         self.close()
 
 
-def _missing(name: str) -> str | None:
-    module, package = PACKAGES.get(name, ("transformers", "transformers"))
-    if importlib.util.find_spec(module) is not None:
-        return None
-    return f"The peer {name} needs the package {package}; run `pip install {package}`."
+class Checks:
+    """The fidelity of engines, against float32 weights of the same target in a process of its own, which is started
+    when it is first asked for."""
+
+    def __init__(self, pair: Pair, settings: Settings, prompts: Sequence[list[int]]) -> None:
+        self.pair, self.settings, self.prompts = pair, settings, prompts
+        self._reference: Reference | None = None
+        self._why = ""
+        self._ours: float | None = None
+
+    def of(self, seat: Seat) -> dict[str, Any]:
+        """`fidelity.fidelity` of an engine, with "ours", the divergence of our target; or {"failed": why}."""
+        if self._reference is None and not self._why:
+            try:
+                self._reference = self._start()
+                self._ours = kl(Inside("our target", Transformers(Job(""), self.pair.target.model)), self._reference)
+            except ModelError as error:
+                self._why = str(error)
+        if self._reference is None:
+            return {"failed": self._why}
+        try:
+            return {**fidelity(seat, self._reference, self.settings), "ours": self._ours}
+        except ModelError as error:
+            return {"failed": str(error)}
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._reference is not None:
+            self._reference.close()
+
+    def _start(self) -> Reference:
+        pair = self.pair
+        if pair.target.device.type != "cpu":
+            raise ModelError("Distributions are compared on the CPU only.")
+        _check_memory(pair)
+        seat = Beside("transformers", Job(_checkpoint(pair), revision=pair.plan.target.revision))
+        try:
+            seat.ask({"do": "use", "threads": thread_counts()[-1], "option": {"dtype": "float32", "cache": "dynamic"}})
+            return Reference(seat, self.prompts, sorted(pair.target.eos))
+        except BaseException:
+            seat.close()
+            raise
+
+
+def _missing(name: str, extras: Extras) -> str | None:
+    kind = KINDS[name]
+    if kind.engine == "VLLM":
+        if extras.vllm and shutil.which(extras.vllm) is None:
+            return f"The peer {name} needs a Python with vLLM, and {extras.vllm} cannot be run."
+        if not _vllm(extras):
+            return (
+                f"The peer {name} needs vLLM, best in an environment of its own: name its Python with --vllm PYTHON or "
+                f"in the variable {VLLM_PYTHON}."
+            )
+    elif importlib.util.find_spec(kind.needs) is None:
+        return f"The peer {name} needs the package {kind.package}; run `pip install {kind.package}`."
+    if kind.mode == "draft" and not Path(extras.llama_draft).is_file():
+        return f"The peer {name} needs a draft model for llama.cpp, a GGUF file: name it with --llama-draft FILE."
+    return None
+
+
+def _vllm(extras: Extras) -> str:
+    """The Python to start vLLM with, empty where there is none."""
+    named = extras.vllm or os.environ.get(VLLM_PYTHON, "")
+    return named or (sys.executable if importlib.util.find_spec("vllm") else "")
 
 
 def _current() -> int:
@@ -315,16 +315,19 @@ def _current() -> int:
     return torch.get_num_threads()
 
 
-def _seat(name: str, pair: Pair, settings: Settings, longest: int, say: Say) -> Seat:
-    if reason := _missing(name):
+def _seat(name: str, pair: Pair, settings: Settings, asked: tuple[int, Extras], say: Say) -> Seat:
+    """asked: tokens of the longest prompt, and what some peers need besides."""
+    longest, extras = asked
+    if reason := _missing(name, extras):
         raise UserError(reason)
     from ..loading import embedded
 
-    how, own = pair.plan.target, pair.name == EMBEDDED
+    kind, how = KINDS[name], pair.plan.target
     job = Job(
         path=pair.name,
+        mode=kind.mode,
         stop=tuple(sorted(pair.target.eos)),
-        context=longest + settings.max_new_tokens + 1,
+        context=longest + max(settings.max_new_tokens, _ROOM) + 1,
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
@@ -332,21 +335,46 @@ def _seat(name: str, pair: Pair, settings: Settings, longest: int, say: Say) -> 
         revision=how.revision,
         attention=how.attention,
         dtypes=("float32", "bfloat16"),
+        draft=extras.llama_draft if kind.mode == "draft" else _assistant(name, pair) if kind.mode == "mtp" else "",
+        python=_vllm(extras),
     )
     device = pair.target.device.type
-    if name == "transformers":
+    if kind.engine == "Transformers":
         if device != "cpu" or how.precision:
-            return Inside(name, Transformers(job, pair.target.model))
-        if not own:
-            _check_memory(pair)
-        return Beside(name, _at(job, str(embedded.prepare()) if own else pair.name))
-    if not own or device != "cpu":
+            assistant = pair.drafter_model if kind.mode == "mtp" else None
+            return Inside(name, Transformers(job, pair.target.model, assistant))
+        _check_memory(pair)
+        return Beside(name, replace(job, path=_checkpoint(pair)))
+    if device != "cpu":
+        raise UserError(f"{name} is a peer on the CPU only.")
+    if kind.engine == "VLLM":
+        return Beside(name, replace(job, path=_checkpoint(pair)))
+    if pair.name != EMBEDDED:
         raise UserError(f"{name} is a peer of the embedded target on the CPU only, since it reads its GGUF file.")
-    return Beside(name, _at(job, str(embedded.gguf(say))))
+    return Beside(name, replace(job, path=str(embedded.gguf(say))))
 
 
-def _at(job: Job, path: str) -> Job:
-    return Job(**{**asdict(job), "path": path})
+def _checkpoint(pair: Pair) -> str:
+    """Directory or Hub id of the target's checkpoint."""
+    from ..loading import embedded
+
+    return str(embedded.prepare()) if pair.name == EMBEDDED else pair.name
+
+
+def _assistant(name: str, pair: Pair) -> str:
+    """Directory or Hub id of the pair's Gemma 4 assistant.
+
+    Raises:
+        UserError: the pair is no Gemma 4 pair.
+    """
+    target, drafter = (getattr(model, "config", None) for model in (pair.target.model, pair.drafter_model))
+    types = [str(getattr(config, "model_type", "")) for config in (target, drafter)]
+    if not (types[0].startswith("gemma4") and types[1].startswith("gemma4") and "assistant" in types[1]):
+        raise UserError(
+            f"{name} drafts with a Gemma 4 assistant for a Gemma 4 target, the only ones that transformers takes, and "
+            "this pair is none."
+        )
+    return pair.drafter_path
 
 
 def _check_memory(pair: Pair) -> None:

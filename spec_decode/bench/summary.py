@@ -246,6 +246,7 @@ def _peers(peers: Sequence[Measurement], ours: Sequence[Measurement], facts: dic
             "measurements": len(its),
             "tokens_per_second": _dict(_estimate(its, lambda m: m.lanes[PEER].tokens_per_second)),
             "time_to_first_token": _middle(its, lambda m: m.lanes[PEER].time_to_first_token),
+            "acceptance_rate": _middle(its, lambda m: m.lanes[PEER].acceptance_rate),
             "baseline": _dict(_ratios(beside, its, BASELINE)),
             "speculative": {
                 label(c, told): _dict(_ratios([m for m in beside if m.condition == c], its, SPECULATIVE))

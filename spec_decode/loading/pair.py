@@ -88,6 +88,11 @@ class Pair:
         return self._loaded.model
 
     @property
+    def drafter_path(self) -> str:
+        """Directory or Hub id of the drafter's checkpoint, empty for one without any."""
+        return self._loaded.choice.path
+
+    @property
     def drafters(self) -> tuple[str, ...]:
         """The names on offer for `use_drafter`, besides the one that was loaded with the target."""
         return catalog.drafters(self.name)
