@@ -152,7 +152,7 @@ def test_the_command(pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert report["settings"]["draft_length"] == 2 and report["pair"]["target"] == "tiny"
     for extra, sentence in (
         ([], "choose a number from 1 to 16"),
-        (["--draft-length", "2", "--peers", "transformers"], "Peers decode one prompt at a time"),
+        (["--draft-length", "2", "--peers", "transformers"], "leave out --peers or --batch-size"),
         (["--draft-length", "2", "--batch-size", "9"], "the file holds 5"),
     ):
         assert main([*base, *extra]) == 2

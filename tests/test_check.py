@@ -33,7 +33,14 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["gemma-4-E2B", "gemma-4-E4B", "gemma-4-12B"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("gemma-4-E2B", marks=pytest.mark.long),
+        pytest.param("gemma-4-E4B", marks=pytest.mark.long),
+        "gemma-4-12B",
+    ],
+)
 def test_shapes_of_the_catalog_make_a_pair(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All layers and heads of the real shapes, with fewer numbers in each, made in memory."""
     entry = catalog.find(name)
@@ -75,7 +82,7 @@ def options(*given: str) -> argparse.Namespace:
     return parser.parse_args(["--tiny", "--device", "cpu", *given])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_rehearsal_runs_every_part_and_a_second_one_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:
@@ -86,7 +93,7 @@ def test_the_rehearsal_runs_every_part_and_a_second_one_none(
     assert main(given) == 0
     printed = capsys.readouterr().out
     data = json.loads(out.read_text())
-    names = [part.name for part in parts.parts(Session(CPU, options(*given[4:])))]
+    names = [part.name for part in parts.parts(Session(CPU, options(*given[5:])))]
     assert [part["part"] for part in data["parts"]] == names
     found = {part["part"]: part for part in data["parts"]}
     for name, part in found.items():
@@ -226,7 +233,7 @@ def test_intervals_are_joined() -> None:
     assert speed.covered([]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_goes_on_in_slices(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None) -> None:
     out, home = tmp_path / "train.json", tmp_path / "work"
     command = ["check", "gpu", "--tiny", "--device", "cpu", "--train", "0.1", "--train-dir", str(home)]
@@ -305,7 +312,7 @@ def test_operators_prints_the_same_as_a_table_and_as_json(
 ) -> None:
     works = operators.Work(0, 3000, 4_560_000_000, 200_000_000), operators.Work(2, 4321, 4_670_000_000, 280_000_000)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(operators, "count", lambda entry, length, context: works)
+    monkeypatch.setattr(operators, "count", lambda entry, length, context, attention: works)
     options = ["google/gemma-4-e2b-it", "--draft-length", "2", "--context", "100", "--launch", "4", "--bandwidth", "1"]
     assert main(["check", "operators", *options]) == 0
     out = capsys.readouterr().out

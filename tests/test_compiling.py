@@ -60,7 +60,7 @@ def test_texts_are_those_of_the_model_and_nothing_is_compiled_in_a_race(kind: st
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 @pytest.mark.parametrize("kind", ["llama", "shared"])
 def test_compiled_code_computes_the_same(kind: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

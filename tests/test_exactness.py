@@ -196,7 +196,7 @@ def test_embedded_lanes_are_identical(embedded_parts, temperature):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_embedded_pair_as_it_ships_is_exact_and_worth_it(embedded_dir, monkeypatch, temperature):
     """With the drafter in assets: the same text, and drafts that are right often enough to mean something."""
-    monkeypatch.setattr(models, "measure_costs", lambda *_: None)
+    monkeypatch.setattr(models, "measure_costs", lambda *_, **__: None)
     pair = models.load_pair(device="cpu")
     assert pair.drafter.name == "mtp+lookup"
     prompt = encode_chat(pair.tokenizer, "Write a Python function that reverses a string.")

@@ -250,7 +250,7 @@ def test_revisions_of_local_directories(pair_dir: Path, tmp_path: Path) -> None:
 
 def test_revisions_of_the_embedded_pair(embedded_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("measure_costs", "choose_chunks", "choose_threads"):
-        monkeypatch.setattr(models, name, lambda *_: None)
+        monkeypatch.setattr(models, name, lambda *_, **__: None)
     found = models.load_pair(device="cpu", dtype="float32").revisions
     sums = {
         role: {"model.safetensors": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()}

@@ -225,7 +225,12 @@ def chance(target: Target, drafter: MTPDrafter, length: int, temperature: float,
 
 @pytest.mark.parametrize(
     ("kind", "ordered", "length"),
-    [("dense", False, 1), ("shared", True, 2), ("k_eq_v", True, 1), ("moe", False, 1), ("unified", False, 2)],
+    [
+        ("shared", True, 2),
+        ("k_eq_v", True, 1),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in [("dense", False, 1), ("moe", False, 1)]),
+        pytest.param("unified", False, 2, marks=pytest.mark.long),
+    ],
 )
 def test_rejection_is_exact(kind: str, ordered: bool, length: int) -> None:
     target, drafter = pair(kind, ordered, vocab_size=SMALL)

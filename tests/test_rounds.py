@@ -36,7 +36,10 @@ from spec_decode.text import TextStream
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-KINDS = ["llama", "gemma3", "qwen2", "qwen3", *tiny.GEMMA4]
+KINDS = [
+    pytest.param(kind, marks=[pytest.mark.long] if kind in {"qwen2", "qwen3", "dense", "k_eq_v"} else [])
+    for kind in ("llama", "gemma3", "qwen2", "qwen3", *tiny.GEMMA4)
+]
 DRAFTERS = ["none", "model", "mtp", "mtp centroids"]
 RULES = [
     {},

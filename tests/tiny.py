@@ -76,3 +76,4 @@ class PairOf:
         self.context, self.costs, self.learned = target.context, None, None
         self.info = {"target": "tiny", "drafter": drafter.name, "device": "cpu", "dtype": "float32"}
         self.machine: dict[str, Any] = {}
+        self.drafter_model, self.drafter_path = None, ""
