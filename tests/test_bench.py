@@ -11,6 +11,7 @@ import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,11 +23,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ui_fakes import FakeRace, FakeSource
 
-from spec_decode.bench import background, gauges
+from spec_decode.bench import background, gauges, model
 from spec_decode.bench.estimate import estimate, scatter
 from spec_decode.bench.figures import lane_figures, peer_figures, round_figures
 from spec_decode.bench.gauges import Gauges, Reading
-from spec_decode.bench.measurement import Condition, Measurement, ModelSize, RoundFigures
+from spec_decode.bench.measurement import Condition, LaneFigures, Measurement, ModelSize, RoundFigures
 from spec_decode.bench.method import WARM_UP, Bench
 from spec_decode.bench.plan import FOLLOW_UPS, Grid
 from spec_decode.bench.record import Record, read
@@ -407,6 +408,20 @@ def test_the_figures_of_a_lane_are_those_that_one_computes_by_hand() -> None:
     assert first == RoundFigures(0, 0, 0, 1, 0.1, 0.3, 0.1, 0.5)
     assert second == RoundFigures(2, 2, 2, 3, 0.1, 0.2, 0.1, 0.9, "d")
     assert sum(r.seconds for r in found.rounds) == pytest.approx(found.seconds)
+
+
+def test_the_targets_probabilities_of_the_text_are_kept_where_all_are_known() -> None:
+    made = rounds(SPECULATIVE, STEPS)
+    told = [
+        replace(r, tokens=tuple(replace(t, p=None if r.index == 3 else 1 / (2 + t.id)) for t in r.tokens)) for r in made
+    ]
+    found = lane_figures(trace(told, []), SPECULATIVE)
+    assert found.rounds[1].p == pytest.approx([1 / 3, 1 / 4, 1 / 5], abs=1e-5), "two accepted and the target's own"
+    assert found.rounds[2].p == pytest.approx([1 / 6], abs=1e-5), "no rejected one"
+    assert found.rounds[3].p == ()
+    assert LaneFigures.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    again = [[t.p for t in r.emitted] for r in model._rounds(found, SPECULATIVE)]
+    assert again[1] == list(found.rounds[1].p) and again[3] == [None]
 
 
 def test_acceptance_by_vllms_definitions_counts_short_drafts_as_not_accepted() -> None:

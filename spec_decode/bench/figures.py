@@ -24,6 +24,7 @@ from .gauges import Reading
 from .measurement import LaneFigures, ModelSize, Percentiles, RoundFigures
 
 _TICK = 7  # decimals of seconds that are kept: a tenth of a microsecond
+_P = 5  # decimals of probabilities
 
 
 def round_figures(rounds: Sequence[Round]) -> tuple[RoundFigures, ...]:
@@ -34,7 +35,8 @@ def round_figures(rounds: Sequence[Round]) -> tuple[RoundFigures, ...]:
         other = max(round(r.clock - before - draft - verify, _TICK), 0.0)
         kl = None if r.kl is None else round(r.kl, 9)
         figures = (r.draft_length, r.drafted, r.accepted, len(r.emitted), draft, verify, other, round(r.clock, _TICK))
-        found.append(RoundFigures(*figures, r.drafter, r.refused, kl))
+        p = tuple(round(token.p, _P) for token in r.emitted if token.p is not None)
+        found.append(RoundFigures(*figures, r.drafter, r.refused, kl, p if len(p) == len(r.emitted) else ()))
         before = r.clock
     return tuple(found)
 

@@ -71,6 +71,7 @@ class RoundFigures(NamedTuple):
     drafter: who made the draft, empty where nothing was drafted.
     refused: tokens that a lossy rule let through and the exact rule would have refused; None for exact rules.
     kl: mean KL(emitted ‖ target) over the round's positions, in nats; None for exact rules.
+    p: the target's probability of each emitted token, in order; empty where one is unknown.
     """
 
     draft_length: int
@@ -84,6 +85,7 @@ class RoundFigures(NamedTuple):
     drafter: str = ""
     refused: int | None = None
     kl: float | None = None
+    p: tuple[float, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -189,6 +191,7 @@ class LaneFigures:
         for name in ("token_ids", "acceptance_per_position", "conditional_acceptance"):
             data[name] = list(data[name])
         data["rounds"] = {name: [getattr(r, name) for r in self.rounds] for name in RoundFigures._fields}
+        data["rounds"]["p"] = [list(p) for p in data["rounds"]["p"]]
         return data
 
     @classmethod
@@ -200,7 +203,7 @@ class LaneFigures:
         """
         columns = data["rounds"]
         rows = zip(*(columns[name] for name in RoundFigures._fields), strict=True)
-        found = {**data, "rounds": tuple(RoundFigures(*row) for row in rows)}
+        found = {**data, "rounds": tuple(RoundFigures(*row)._replace(p=tuple(row[-1])) for row in rows)}
         for name in ("time_per_output_token", "inter_token_latency"):
             found[name] = Percentiles(**data[name]) if data[name] else None
         for name in ("token_ids", "acceptance_per_position", "conditional_acceptance"):

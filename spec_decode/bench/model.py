@@ -385,7 +385,12 @@ def _rounds(lane: LaneFigures, name: str) -> list[Round]:
         roles: list[tuple[Role, int]] = [
             ("accepted", r.accepted), ("rejected", r.drafted - r.accepted), ("target", own),
         ]  # fmt: skip
-        tokens = tuple(Token(0, "", role) for role, count in roles for _ in range(count))
+        known = iter(r.p)  # of what was emitted, in order
+        tokens = tuple(
+            Token(0, "", role, None if role == "rejected" else next(known, None))
+            for role, count in roles
+            for _ in range(count)
+        )
         seconds, before = r.clock - before, r.clock
         rounds.append(
             Round(name, index, tokens, r.draft_length, r.draft_seconds, r.verify_seconds, seconds, r.clock,
