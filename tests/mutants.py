@@ -504,7 +504,7 @@ MUTANTS = [
     Mutant(
         "the host does not learn how long the text is",
         "state.py",
-        "        self.cache.settle(self.length - 1)\n",
+        "        self.cache.settle(length - 1)\n",
         "",
         "test_exactness.py::test_the_embedded_pair_as_it_ships_is_exact_and_worth_it[0.0]",
     ),
@@ -700,14 +700,14 @@ MUTANTS = [
     Mutant(
         "the controller learns nothing",
         "decode.py",
-        "lane.lengths.observe(done, outcome.draft.stopped_early)",
+        "lane.lengths.observe(done, this.outcome.draft.stopped_early)",
         "pass",
         CONTROLLER,
     ),
     Mutant(
         "the controller is not told that a draft ended early",
         "decode.py",
-        "observe(done, outcome.draft.stopped_early)",
+        "observe(done, this.outcome.draft.stopped_early)",
         "observe(done, None)",
         CONTROLLER,
     ),

@@ -127,7 +127,9 @@ def p_value(made: Clock, one_hot: bool, seeds: int, rule: str = "rejection") -> 
     return float(scipy.stats.chisquare(observed.ravel(), expected.ravel() * seeds / expected.sum()).pvalue)
 
 
-@pytest.mark.parametrize("one_hot", [False, True], ids=["sampled", "one-hot"])
+@pytest.mark.parametrize(
+    "one_hot", [pytest.param(False, id="sampled"), pytest.param(True, id="one-hot", marks=pytest.mark.long)]
+)
 def test_rejection_is_exact_whatever_the_controller_has_seen(fake_clock: Clock, one_hot: bool) -> None:
     assert p_value(fake_clock, one_hot, SEEDS) > FALSE_ALARM
 

@@ -178,10 +178,11 @@ def test_race_and_bench_mark_it(
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.json"
     prompts.write_text(json.dumps({"id": "a", "category": "b", "prompt": "Some words"}) + "\n")
     assert main(["bench", "--prompts", str(prompts), "--json", str(out), *options]) == 0
-    assert "Synthetic acceptance 0.7: only the times mean something" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "synthetic acceptance 0.7: verdicts were drawn, not made; texts mean nothing" in printed
     report = json.loads(out.read_text())
-    assert report["settings"]["synthetic_acceptance"] == 0.7
-    assert not report["prompts"][0]["identical"]
+    assert report["conditions"][0]["condition"]["synthetic_acceptance"] == 0.7
+    assert report["conditions"][0]["identical"] is None and report["prompts"][0]["identical"] is None
 
 
 def test_a_plain_step_is_none_of_its_business() -> None:

@@ -15,6 +15,7 @@ Report = dict[str, Any]
 PAYS, SPEEDUP, CATEGORIES, ROUNDS = "Does it pay?", "Speedup", "By category", "Where the time of a round goes"
 LATENCY, ACCEPTANCE, PEERS = "Latency", "Acceptance", "Other engines"
 MACHINE, PROMPTS = "The machine", "Prompts"
+SAME = {True: "yes", False: "no", None: "–"}
 SHARED = ("temperature", "context", "turn", "batch")  # what a baseline depends on, as labels begin with it
 
 
@@ -322,7 +323,7 @@ def prompts(report: Report) -> Iterator[str]:
             f"| {cell(row['id'])} | {cell(row['category'])} | {report['conditions'][row['condition']]['label']} "
             f"| {row['tokens']} | {show(row['baseline'], 1)} | {show(row['speculative'], 1)} "
             f"| {show(row['speedup'], 2)}× | {show(row['acceptance_rate'], 2)} | {show(row['tokens_per_pass'], 2)} "
-            f"| {'yes' if row['identical'] else 'no'} |"
+            f"| {SAME[row['identical']]} |"
         )
 
 

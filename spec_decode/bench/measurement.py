@@ -251,7 +251,7 @@ class Measurement:
     speedup: the speculative lane's `tokens_per_second` ÷ the baseline's, in the same race; None for peers, whose ratio
         to our lanes is taken over measurements of the same prompt.
     end_to_end_speedup: the same of `end_to_end_tokens_per_second`.
-    identical: both lanes emitted the same tokens; None for peers.
+    identical: both lanes emitted the same tokens; None for peers, and with synthetic acceptance.
     same_text: both lanes must emit the same tokens under this rule, so that `identical` False is a fault.
     costs: what the draft lengths were chosen by at first (`events.Costs`); None where nothing was measured.
     target: size of the target.

@@ -197,7 +197,7 @@ class Bench:
             lanes=lanes,
             speedup=ratio(fast.tokens_per_second, base.tokens_per_second),
             end_to_end_speedup=ratio(fast.end_to_end_tokens_per_second, base.end_to_end_tokens_per_second),
-            identical=trace.identical,
+            identical=None if trace.settings.get("synthetic_acceptance") is not None else trace.identical,
             same_text=settings.same_text and self.source.promises.same_text,
             costs=trace.costs,
             target=target,

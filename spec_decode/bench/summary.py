@@ -307,7 +307,7 @@ def _rows(ours: Sequence[Measurement]) -> list[dict[str, Any]]:
             "speedup": _middle(its, lambda m: m.speedup),
             "acceptance_rate": _middle(its, lambda m: m.speculative.acceptance_rate),
             "tokens_per_pass": _middle(its, lambda m: m.speculative.tokens_per_pass),
-            "identical": all(m.identical for m in its),
+            "identical": None if any(m.identical is None for m in its) else all(m.identical for m in its),
         }
         for (prompt, at), its in sorted(groups.items())
     ]
