@@ -20,6 +20,7 @@ from spec_decode.settings import Settings
 from spec_decode.target import Target
 from spec_decode.text import TextStream
 
+pytest.importorskip("setuptools")  # PyTorch's compiler loads it, which fails once a test has loaded distutils
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPT = test_rounds.PROMPT
