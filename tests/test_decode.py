@@ -20,6 +20,7 @@ from spec_decode.drafters.model import ModelDrafter
 from spec_decode.errors import UserError
 from spec_decode.events import Round
 from spec_decode.noise import DRAFT, exponential
+from spec_decode.prove.table import TableCache
 from spec_decode.sampling import TOP, distribution, exponential_argmax, likeliest
 from spec_decode.settings import Settings
 from spec_decode.state import State
@@ -31,30 +32,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Says = Callable[[list[int]], Tensor]
 
 
-class Cache:
-    """The ids a model has read."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-
-    @property
-    def length(self) -> int:
-        return len(self.ids)
-
-    def rollback(self, length: int) -> None:
-        assert length <= len(self.ids)
-        del self.ids[length:]
-
-    def keep(self, lengths: Tensor) -> None:
-        self.rollback(int(lengths))
-
-    def settle(self, length: int) -> None:
-        assert length <= len(self.ids)
-
-    def free(self) -> None:
-        self.ids = []
-
-
 class Model:
     """A `Target` whose logits `[V]` are a function of the text before."""
 
@@ -63,16 +40,16 @@ class Model:
     def __init__(self, says: Says, eos: frozenset[int] = frozenset()) -> None:
         self.says, self.eos = says, eos
 
-    def new_cache(self, capacity: int) -> Cache:
-        return Cache()
+    def new_cache(self, capacity: int) -> TableCache:
+        return TableCache()
 
-    def prefill(self, tokens: Tensor, cache: Cache, hidden: bool = False) -> Pass:
+    def prefill(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
         return Pass(self.verify(tokens, cache).logits[..., -1:, :], None, cache)  # type: ignore[arg-type]
 
-    def read(self, tokens: Tensor, cache: Cache, hidden: bool = False) -> Iterator[Pass]:
+    def read(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Iterator[Pass]:
         yield self.prefill(tokens, cache)
 
-    def verify(self, tokens: Tensor, cache: Cache, hidden: bool = False) -> Pass:
+    def verify(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
         start = cache.length
         cache.ids += tokens.view(-1).tolist()
         logits = torch.stack([self.says(cache.ids[: i + 1]) for i in range(start, cache.length)])
@@ -263,11 +240,11 @@ def test_seconds_are_of_the_work_they_are_named_after(monkeypatch: pytest.Monkey
         now[0] += seconds
 
     class Slow(Model):
-        def prefill(self, tokens: Tensor, cache: Cache, hidden: bool = False) -> Pass:
+        def prefill(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
             spend(2.0)  # and the 5 of the pass
             return super().prefill(tokens, cache)
 
-        def verify(self, tokens: Tensor, cache: Cache, hidden: bool = False) -> Pass:
+        def verify(self, tokens: Tensor, cache: TableCache, hidden: bool = False) -> Pass:
             spend(5.0)
             return super().verify(tokens, cache)
 

@@ -36,9 +36,7 @@ def shaped(name: str, device: torch.device) -> Iterator[PreTrainedModel]:
     Raises:
         UserError: the catalog has no such pair.
     """
-    entry = catalog.find(name)
-    if entry is None:
-        raise UserError(f"There is no pair {name!r}; `python -m spec_decode models` lists them.")
+    entry = _entry(name)
     for kind, shape in ((entry.kind, entry.shape), (entry.drafter_kind, entry.drafter_shape)):
         torch.manual_seed(0)
         with device:
@@ -56,9 +54,7 @@ def stand_in(name: str, device: torch.device) -> Iterator[PreTrainedModel]:
     Raises:
         UserError: the catalog has no such pair.
     """
-    entry = catalog.find(name)
-    if entry is None:
-        raise UserError(f"There is no pair {name!r}; `python -m spec_decode models` lists them.")
+    entry = _entry(name)
     kind = STAND_INS[entry.name]
     for model in tiny.gemma4(kind, ordered=kind == "shared", hidden_size=64, max_position_embeddings=2048):
         model.generation_config.eos_token_id = None
@@ -95,3 +91,10 @@ def pair(name: str, models: Iterator[PreTrainedModel] | tuple[PreTrainedModel, P
     if "drafter" in precisions:
         assistant = quantized_copy(assistant, precisions["drafter"], assistant.device)
     return assemble(name, target, assistant, words(target.config.get_text_config().vocab_size), **how)
+
+
+def _entry(name: str) -> catalog.Entry:
+    entry = catalog.find(name)
+    if entry is None:
+        raise UserError(f"There is no pair {name!r}; `python -m spec_decode models` lists them.")
+    return entry
