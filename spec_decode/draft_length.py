@@ -6,6 +6,7 @@ Deterministic given the rounds. Independent of torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -114,7 +115,9 @@ class Adaptive:
     another token is below its cost (dynamic draft length, as in EAGLE-2, arXiv:2406.16858). The acceptance probability
     for a given confidence is estimated too, with the confidence itself as prior. The number of tokens emitted depends
     on where the draft ended. Drafting is therefore compared with plain steps by the number of tokens that the
-    confidences predict, which has the same expectation as the number emitted and lower variance.
+    confidences predict, which has the same expectation as the number emitted and lower variance. Drafting stops only
+    where it is slower by more than the uncertainty of that comparison, which is large after few rounds: stopping too
+    early costs more than a few slow rounds, since most drafters pay.
 
     Args:
         costs: measured before, None where nothing was.
@@ -124,8 +127,9 @@ class Adaptive:
     """
 
     BINS = 8  # ranges of confidence
-    FIRST = 6  # drafted rounds before their measured rate is used
-    DOUBT = 0.96  # drafting stops below this share of the rate of plain steps; both rates are noisy
+    MEMORY = 0.97  # decay of the average that compares drafting with plain steps: the last 33 rounds or so
+    SCATTER = 0.2  # uncertainty of that comparison after one round; it falls with the root of the rounds remembered
+    AHEAD = 4  # positions whose mean acceptance is expected of a token not drafted yet
 
     def __init__(
         self,
@@ -157,8 +161,8 @@ class Adaptive:
     def choose(self) -> int:
         rates = self._rates()
         best = max(self.among, key=rates.__getitem__)
-        if self.weighed >= self.FIRST:
-            best = max(self.among) if self.predicted / self.took > self.DOUBT * rates[0] else 0
+        if self.weighed:
+            best = max(self.among) if self.predicted / self.took > self._doubt() * rates[0] else 0
         self.probe = best == 0 and self.since_draft >= self.patience
         return within(4 if self.weighed else self._cheap_probe(), self.longest, self.among) if self.probe else best
 
@@ -169,7 +173,9 @@ class Adaptive:
         rate = max(self._plain_rate(), self.predicted / self.took if self.took else 0.0)
         pace = self.all_taken / self.all_modelled
         costs = [(self.modelled[n + 1] - self.modelled[n]) * pace for n in range(self.longest)]
-        least = [rate * cost * tried / taken for cost, tried, taken in zip(costs, self.tried, self.taken, strict=True)]
+        # the mean of the first positions, since later ones are seldom reached and therefore hardly known
+        chance = sum(self.taken[: self.AHEAD]) / sum(self.tried[: self.AHEAD])
+        least = [rate * cost / chance for cost in costs]
         chances = [taken / tried for taken, tried in zip(self.confidence_taken, self.confidence_tried, strict=True)]
         return EarlyStop(chances, [*least, np.inf])
 
@@ -191,7 +197,7 @@ class Adaptive:
                     self.confidence_taken[bin] = 0.98 * self.confidence_taken[bin] + (i < accepted)
             self.weighed += 1
             # The estimate before a probe is old, so it gets less weight.
-            decay = 0.5 if self.probe else self.decay
+            decay = 0.5 if self.probe else self.MEMORY
             self.predicted = decay * self.predicted + (predicted if confidences else len(round.emitted))
             self.took = decay * self.took + round.seconds
         if drafted <= self.longest and round.seconds > 0:
@@ -227,6 +233,10 @@ class Adaptive:
         """Estimated acceptance probability of a draft with this confidence."""
         bin = bin_of(confidence, self.BINS)
         return self.confidence_taken[bin] / self.confidence_tried[bin]
+
+    def _doubt(self) -> float:
+        """The share of the rate of plain steps below which drafting is taken to be slower."""
+        return 1 - self.SCATTER / math.sqrt(min(self.weighed, 1 / (1 - self.MEMORY)))
 
     def _plain_rate(self) -> float:
         """Tokens per second of plain steps."""
