@@ -91,9 +91,11 @@ def _bench(arguments: argparse.Namespace) -> None:
 
         update()
         return
-    from .bench.command import run, run_batches
+    from .bench.command import run, run_batches, run_oracle
 
-    go = run_batches if arguments.batch_size else run
+    if arguments.oracle and arguments.batch_size:
+        raise UserError("An oracle is measured of single texts; leave out --batch-size or --oracle.")
+    go = run_oracle if arguments.oracle else run_batches if arguments.batch_size else run
     go(arguments, _settings(arguments), _progress, _check_writable)
 
 

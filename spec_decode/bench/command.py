@@ -59,6 +59,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--batch-size", metavar="N", help="several prompts at once instead, such as 1,2,4,8; needs --draft-length N"
     )
+    command.add_argument(
+        "--oracle", action="store_true", help="instead, what a controller could gain that knew every verdict"
+    )
     command.add_argument("--repeats", default=REPEATS, metavar="N", help=f"measure everything N times ({REPEATS})")
     command.add_argument("--order-seed", default=0, metavar="N", help="of the shuffled order")
     command.add_argument("--json", metavar="OUT", help="write the report as JSON (docs/bench.schema.json)")
@@ -156,6 +159,39 @@ def run(
     _write(arguments, found, path)
 
 
+VARIED = "peers", "draft_lengths", "drafters", "rules", "temperatures", "contexts", "turns", "html", "markdown"
+
+
+def _alone(arguments: argparse.Namespace, settings: Settings, option: str, what: str) -> None:
+    """Raises UserError where an option that varies something stands beside `option`, which measures one setting."""
+    for name in VARIED:
+        if getattr(arguments, name):
+            raise UserError(f"{what} in one setting; leave out --{name.replace('_', '-')} or {option}.")
+    if settings.synthetic_acceptance is not None:
+        raise UserError(f"{what} with real verdicts; leave out --synthetic-acceptance or {option}.")
+
+
+def run_oracle(
+    arguments: argparse.Namespace, settings: Settings, say: Say, check_writable: Callable[[str | None], None]
+) -> None:
+    """Runs `bench --oracle`: every draft length, the adaptive controller and an oracle over the same recorded drafts;
+    arguments as in `run`.
+
+    Raises:
+        UserError: an option, a file or a model cannot be used.
+    """
+    _alone(arguments, settings, "--oracle", "An oracle is measured")
+    check_writable(arguments.json)
+    prompts = datasets.read(arguments.dataset, arguments.path or arguments.prompts)
+    from ..loading.pair import load_pair
+    from .oracle import measure, table
+
+    pair = load_pair(**flags.read(arguments), progress=say)
+    report = measure(pair, prompts, settings, say)
+    print(table(report))
+    _write_one(arguments, pair, settings, {"oracle": report})
+
+
 def run_batches(
     arguments: argparse.Namespace, settings: Settings, say: Say, check_writable: Callable[[str | None], None]
 ) -> None:
@@ -167,13 +203,7 @@ def run_batches(
     from ..batch import check_length
     from .batch import filling, measure, sizes_of, table
 
-    varied = "peers", "draft_lengths", "drafters", "rules", "temperatures", "contexts", "turns", "html", "markdown"
-    for name in varied:
-        if getattr(arguments, name):
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"Batches are measured in one setting; leave out {option} or --batch-size.")
-    if settings.synthetic_acceptance is not None:
-        raise UserError("Batches have real verdicts; leave out --synthetic-acceptance or --batch-size.")
+    _alone(arguments, settings, "--batch-size", "Batches are measured")
     check_writable(arguments.json)
     check_length(settings)
     sizes = sizes_of(arguments.batch_size)
@@ -183,9 +213,20 @@ def run_batches(
     pair = load_pair(**flags.read(arguments), progress=say)
     report = measure(pair, prompts, settings, sizes, _one(arguments.repeats, _positive, "repeats"), say)
     print(table(report, settings.same_text))
+    _write_one(arguments, pair, settings, {"batches": report})
+
+
+def _write_one(arguments: argparse.Namespace, pair: Pair, settings: Settings, report: dict[str, Any]) -> None:
+    """Writes a report on one setting where --json asks for it."""
     if arguments.json:
-        about = {"pair": pair.info, "machine": pair.machine, "settings": settings.to_dict()}
-        text = json.dumps({**about, "batches": report}, indent=1, ensure_ascii=False)
+        about = {
+            "command": f"python -m spec_decode {shlex.join(sys.argv[1:])}",
+            "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "pair": pair.info,
+            "machine": pair.machine,
+            "settings": settings.to_dict(),
+        }
+        text = json.dumps({**about, **report}, indent=1, ensure_ascii=False)
         Path(arguments.json).write_text(text + "\n", encoding="utf-8")
 
 
