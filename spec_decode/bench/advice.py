@@ -217,9 +217,12 @@ class _Advisor:
         kinds = [k for k in self.speedups.kinds if len(self.speedups.of(self.best, k)) >= intervals.LEAST]
         if not self.speedups.general or len(self.speedups.kinds) < 2 or not kinds:
             return []
-        error = ERRORS["categories"] / (len(kinds) * len(self.lengths))  # every pair may be spoken of
-        found = []
-        verdicts = {k: self._sure(self.best, error, k) for k in kinds}
+        found, verdicts, error = [], dict.fromkeys(kinds, ""), ERRORS["categories"] / 2
+        # Holm's method: what is settled at the error of one among those left no longer counts among them
+        left = list(kinds)
+        while sure := {k: verdict for k in left if (verdict := self._sure(self.best, error / len(left), k))}:
+            verdicts |= sure
+            left = [k for k in left if k not in sure]
         for verdict in ("gains", "loses"):
             told = [k for k in kinds if verdicts[k] == verdict]
             told.sort(key=lambda k: -abs(math.log(self.speedups.shown(self.best, k).value)))
@@ -231,9 +234,11 @@ class _Advisor:
                 found.append(Sentence("categories", text, {"claims": claims}, "categories"))
         unsure = [k for k in kinds if not verdicts[k]]
         if unsure:
-            text = f"For {listed(unsure)} the measurements cannot tell."
+            most = max(len(self.speedups.of(self.best, k)) for k in unsure)
+            text = f"For {listed(unsure)} {most} prompts each are too few to tell."
             found.append(Sentence("cannot tell category", text, {"categories": unsure}, "categories"))
         others = [n for n in self.lengths if n != self.best]
+        error /= len(kinds) * max(len(others), 1)  # every pair may be spoken of
         for k in kinds:
             losing = [n for n in others if self._sure(n, error, k) == "loses"]
             if verdicts[k] == "loses" or not losing:
