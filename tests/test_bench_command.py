@@ -3,6 +3,7 @@ tables."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from spec_decode.bench import page, readme
 from spec_decode.bench.markdown import markdown
 from spec_decode.bench.method import Bench
 from spec_decode.bench.page import plotly
-from spec_decode.bench.record import read
+from spec_decode.bench.record import Record, read
 from spec_decode.bench.sizes import sizes
 from spec_decode.bench.summary import report
 from spec_decode.errors import UserError
@@ -257,8 +258,23 @@ def test_the_readmes_tables_are_those_of_their_files() -> None:
 def test_files_of_benchmarks_say_where_and_how_they_were_made() -> None:
     for path in readme.FOLDER.glob("*.json"):
         found = json.loads(path.read_text(encoding="utf-8"))
-        assert fits(None, found) == [] and found["finished"], path.name
-        assert all(found[key] for key in ("command", "date", "machine", "versions", "pair")), path.name
+        assert all(found[key] for key in ("command", "date", "machine", "pair")), path.name
+        if "oracle" in found:
+            assert found["machine"]["torch"] and found["machine"]["transformers"], path.name
+        else:
+            assert fits(None, found) == [] and found["finished"] and found["versions"], path.name
+            assert len(read(readme.FOLDER / found["raw"]).measurements) == found["measured"], path.name
+
+
+def test_raw_measurements_may_be_compressed(measured: Path, tmp_path: Path) -> None:
+    packed, plain = tmp_path / "r.jsonl.gz", measured / "r.jsonl"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert report(read(packed), "r") == report(read(plain), "r")
+    with pytest.raises(UserError, match="no file of measurements"):
+        Record(packed, {})  # nothing is appended to a compressed file
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(UserError, match="no whole gzip file"):
+        read(packed)
 
 
 def test_tables_are_written_between_their_markers(measured: Path, tmp_path: Path) -> None:

@@ -184,11 +184,12 @@ def run_oracle(
     check_writable(arguments.json)
     prompts = datasets.read(arguments.dataset, arguments.path or arguments.prompts)
     from ..loading.pair import load_pair
-    from .oracle import measure, table
+    from .markdown import oracle
+    from .oracle import measure
 
     pair = load_pair(**flags.read(arguments), progress=say)
     report = measure(pair, prompts, settings, say)
-    print(table(report))
+    print("\n".join(oracle({"oracle": report})))
     _write_one(arguments, pair, settings, {"oracle": report})
 
 

@@ -361,3 +361,20 @@ def show(value: float | None, digits: int, scale: float = 1.0) -> str:
 def percent(value: float | None) -> str:
     """A share, or a dash."""
     return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def oracle(report: dict[str, Any]) -> Iterator[str]:
+    """Speedups of every draft length, the adaptive controller and an oracle, of a report of `bench --oracle`."""
+    found = report["oracle"]
+    rows = [(f"γ = {length}", speedup) for length, speedup in found["fixed"].items()]
+    rows += [("adaptive", found["adaptive"]), ("oracle", found["oracle"])]
+    yield "| draft length | geometric mean | median | least |"
+    yield "| --- | ---: | ---: | ---: |"
+    for name, speedup in rows:
+        yield f"| {name} | {speedup['mean']:.2f}× | {speedup['median']:.2f}× | {speedup['least']:.2f}× |"
+    closed = "" if found["closed"] is None else f" Adaptive goes {found['closed']:.0%} of the way between them."
+    yield ""
+    yield (
+        f"Speedups of {found['texts']} texts by the measured costs, not by a clock. The oracle knows every verdict "
+        f"before it drafts. The best fixed draft length is {found['best_fixed']}.{closed}"
+    )

@@ -239,20 +239,6 @@ def measure(
     }
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report of `measure` as Markdown."""
-    rows = [(f"γ = {length}", speedup) for length, speedup in report["fixed"].items()]
-    rows += [("adaptive", report["adaptive"]), ("oracle", report["oracle"])]
-    lines = ["| draft length | geometric mean | median | least |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {name} | {s['mean']:.2f}× | {s['median']:.2f}× | {s['least']:.2f}× |" for name, s in rows]
-    closed = "" if report["closed"] is None else f" Adaptive goes {report['closed']:.0%} of the way between them."
-    said = (
-        f"Speedups of {report['texts']} texts by the measured costs, not by a clock. The oracle knows every verdict "
-        f"before it drafts. The best fixed draft length is {report['best_fixed']}.{closed}"
-    )
-    return "\n".join([*lines, "", said])
-
-
 def _summary(speedups: Sequence[float]) -> dict[str, float]:
     return {
         "mean": statistics.geometric_mean(speedups),

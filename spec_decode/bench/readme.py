@@ -37,6 +37,7 @@ WHOLE: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {
     "acceptance": markdown.acceptance,
     "machine": markdown.machine,
     "peers": markdown.peers,
+    "oracle": markdown.oracle,
 }
 OF_ONE: dict[str, Callable[[dict[str, Any]], Iterable[str]]] = {"categories": markdown.categories}
 

@@ -7,8 +7,10 @@ torch.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,12 +44,18 @@ class Contents:
 
 
 def read(path: str | Path) -> Contents:
-    """What a file holds; its last line is left out where it was cut.
+    """What a file holds; its last line is left out where it was cut. A finished one may be compressed by gzip.
 
     Raises:
         UserError: it cannot be read, or holds something else.
     """
-    contents, _ = _parsed(Path(path))
+    data = _bytes(Path(path))
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is no whole gzip file.") from error
+    contents, _ = _parsed(Path(path), data)
     if contents is None:
         raise UserError(f"{path} holds no measurements.")
     return contents
@@ -71,7 +79,7 @@ class Record:
     def __init__(self, path: str | Path, header: dict[str, Any], anew: bool = True) -> None:
         self.path = Path(path)
         header = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **header}))
-        found, whole = _parsed(self.path) if self.path.exists() else (None, 0)
+        found, whole = _parsed(self.path, _bytes(self.path)) if self.path.exists() else (None, 0)
         if found is not None and found.ended and anew:
             found, whole = None, 0
         if found is not None:
@@ -113,12 +121,15 @@ class Record:
         os.fsync(self._file.fileno())
 
 
-def _parsed(path: Path) -> tuple[Contents | None, int]:
-    """What a file holds, and the length of its whole lines in bytes. None where not even the header is whole."""
+def _bytes(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+
+
+def _parsed(path: Path, data: bytes) -> tuple[Contents | None, int]:
+    """What a file holds, and the length of its whole lines in bytes. None where not even the header is whole."""
     whole = data.rfind(b"\n") + 1
     lines = data[:whole].split(b"\n")[:-1]
     if not lines:
