@@ -8,7 +8,6 @@ SpecDecode.player = (view, recordings) => {
   let playing = null, speed = SPEEDS[0][0], frame = 0;
   const player = { play, leave, begin, get active() { return playing !== null; } };
   bar.hidden = !recordings.length;
-  if (!recordings.length) return player;
 
   const chips = recordings.map((recording) => SpecDecode.button("sd-pick", "Play the recording: " + recording.title,
     () => play(recording.name, SpecDecode.still()), recording.title));
@@ -123,6 +122,7 @@ SpecDecode.player = (view, recordings) => {
   view.parts.push({ shown: (phase) => { for (const chip of chips) chip.disabled = phase === "running"; } });
 
   function begin() {
+    if (!recordings.length) return;
     if ("DecompressionStream" in window) play(recordings[0].name, SpecDecode.still());
     else bar.hidden = true;
   }

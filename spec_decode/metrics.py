@@ -16,6 +16,7 @@ import numpy as np
 
 from .events import BASELINE, SPECULATIVE, Costs, Round, Token, Trace
 from .parting import parting
+from .student import quantile
 
 
 def rate(tokens: int, seconds: float) -> float | None:
@@ -255,7 +256,8 @@ def speedup_with_interval(baseline: Lane, speculative: Lane) -> Speedup | None:
         freedoms.append(max(n / block - 1, 1.0))
     total = sum(variances)
     freedom = total**2 / sum(v * v / f for v, f in zip(variances, freedoms, strict=True)) if total > 0 else math.inf
-    ends = np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1) * (student(max(freedom, 2.0)) / _NORMAL)
+    wider = quantile((1 + LEVEL) / 2, max(freedom, 2.0)) / _NORMAL
+    ends = np.quantile(spread, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1) * wider
     (low, whole_low), (high, whole_high) = np.exp(ends).tolist()
     value = speculative.rate / baseline.rate
     whole_value = speculative.end_to_end_rate / baseline.end_to_end_rate
@@ -279,17 +281,6 @@ def _resampled(lane: Lane, block: int, noise: np.random.Generator) -> tuple[np.n
         return np.asarray((sums[at + block] - sums[at]).sum(1) * (n / (count * block)))
 
     return totals(lane.tokens), totals(lane.seconds)
-
-
-def student(freedom: float) -> float:
-    """97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5; 3 % short at 2, exact beyond 5)."""
-    z, f = _NORMAL, freedom
-    return (
-        z
-        + (z**3 + z) / (4 * f)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * f**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * f**3)
-    )
 
 
 def verdict(drafted: int, estimate: Speedup | None) -> str | None:

@@ -200,10 +200,11 @@ class Peers:
     """Peers that answer with these ids, and end at their second prompt where there are none."""
 
     def __init__(self, ids: list[int] | None) -> None:
-        self.ids, self.asked = ids, []
+        self.ids, self.asked, self.settings = ids, [], []
 
-    def run(self, name: str, ids: list[int]) -> dict[str, Any] | None:
+    def run(self, name: str, ids: list[int], settings: Settings) -> dict[str, Any] | None:
         self.asked.append(ids)
+        self.settings.append(settings)
         if self.ids is None:
             return None
         return {"ids": self.ids, "first": 0.5, "seconds": 2.0, "tokens_per_second": (len(self.ids) - 1) / 2}
@@ -225,6 +226,43 @@ def test_peers_get_the_prompt_ids_and_their_ratios_are_paired(monkeypatch: pytes
     ratio = twin["speculative"]["γ = 2"]
     assert ratio["median"] == pytest.approx(np.median([np.median(values) for values in rates.values()]))
     assert gone == {"name": "gone", "facts": {"skipped": "It is not here."}}
+
+
+def test_peers_run_at_every_temperature_with_the_seed_of_the_repeat() -> None:
+    found = grid(peers=("x",), temperatures=(0, 0.7), draft_lengths=(1, 2), contexts=(64, 128)).conditions()
+    assert [(c.temperature, c.context) for c in found if c.peer] == [(0.0, 64), (0.0, 128), (0.7, 64), (0.7, 128)]
+    made = bench(peers=("x",), temperatures=(0, 0.7), prompts=PROMPTS[:1])
+    made.peers = Peers([5, 6, 7])
+    vars(made)["_encoded"] = lambda text, history=(): [7, 8]
+    found = list(made.run())
+    asked = {(s.temperature, s.seed, s.max_new_tokens) for s in made.peers.settings}
+    assert asked == {(t, SHORT.seed + r, SHORT.max_new_tokens) for t in (0.0, 0.7) for r in (0, 1)}
+    told = _report(made, found)["peers"]
+    assert [(peer["condition"]["temperature"], peer["measurements"]) for peer in told] == [(0.0, 2), (0.7, 2)]
+    assert all(peer["baseline"]["median"] > 0 for peer in told), "our lanes at the same temperature"
+    only = grid(peers=("x",), temperatures=(0.7, 0), rules=("coupled",)).conditions()
+    assert {c.temperature for c in only if c.peer} == {c.temperature for c in only if not c.peer}
+
+
+def test_peers_get_the_same_conversation() -> None:
+    """Every turn's ids are those of our own lanes: the target's answers stand in the history."""
+    made = bench(peers=("x",), turns=3, repeats=1)
+    made.peers, encoded = Peers([5, 6, 7]), []
+
+    def note(text: str, history: Any = ()) -> list[int]:
+        encoded.append((text, history))
+        return [len(history), len(text)]
+
+    vars(made)["_encoded"] = note
+    found = list(made.run())
+    answers = {(m.prompt, m.condition.turn): m.baseline.text for m in found if not m.condition.peer}
+    for prompt in PROMPTS:
+        first = prompt["prompt"], answers[prompt["id"], 1]
+        assert (FOLLOW_UPS[0], (first,)) in encoded
+        assert (FOLLOW_UPS[1], (first, (FOLLOW_UPS[0], answers[prompt["id"], 2]))) in encoded
+    assert sorted(ids[0] for ids in made.peers.asked) == sorted([0, 1, 2] * len(PROMPTS))
+    longest = max(made._tokens(text) for text in FOLLOW_UPS)
+    assert made.room() == 2 * (SHORT.max_new_tokens + longest) and bench().room() == 0
 
 
 def test_agreement_is_the_length_of_the_common_prefix() -> None:

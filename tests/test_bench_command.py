@@ -140,7 +140,6 @@ def test_an_interrupted_run_reports_and_the_same_command_goes_on(
         (["--temperatures", "warm"], "--temperatures does not take 'warm'"),
         (["--repeats", "0"], "--repeats does not take '0'"),
         (["--contexts", ","], "--contexts takes a comma-separated list"),
-        (["--turns", "2", "--peers", "transformers"], "leave out --peers or --turns"),
         (["--drafter", "lookup", "--drafters", "lookup,suffix"], "by --drafter or by --drafters"),
         (["--rules", "best"], "Unknown rule 'best'"),
         (["--report", "nowhere.jsonl"], "Cannot read nowhere.jsonl"),

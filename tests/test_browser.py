@@ -141,12 +141,12 @@ def real_app() -> Iterator[str]:
 
 
 @contextmanager
-def serving(load: Any) -> Iterator[str]:
+def serving(load: Any, recordings: bool = True) -> Iterator[str]:
     """The address of a page over the source that `load` returns."""
     from spec_decode.ui import Engine, build, launch_options
 
     engine = Engine(load)
-    page = build(engine)
+    page = build(engine, recordings=recordings)
     _, url, _ = page.launch(server_port=free_port(), prevent_thread_lock=True, **launch_options())
     engine.start()
     yield url
@@ -687,7 +687,7 @@ def recorded(**changes: Any) -> Trace:
 
 def replaying(trace: Trace) -> Any:
     source: Source = ReplaySource(trace, speed=10.0)
-    return serving(lambda _: source)
+    return serving(lambda _: source, recordings=False)  # as `app.py --replay` does
 
 
 def downloaded(page: Any) -> Trace:

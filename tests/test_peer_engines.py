@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import scipy.stats
 import tiny
 import torch
 from test_peers import FakeSeat, _stand_in, benched, checkpoint_of, tiny_pair, told
@@ -53,6 +55,8 @@ def one_thread() -> Any:
 
 class Drafting:
     """An engine whose speed depends on threads, option and draft; `starts` counts calls of `use`."""
+
+    job = Job("")
 
     def __init__(self, slow: bool = False) -> None:
         self.starts_slowly, self.starts = slow, 0
@@ -432,6 +436,7 @@ class Table:
     """An engine that draws from one table of log-probabilities, `[vocabulary]`, but claims another one, if any. `STOP`
     ends its texts."""
 
+    job = Job("")
     starts_slowly = False
     STOP = 1
 
@@ -505,6 +510,29 @@ def test_temperature_and_top_k_are_applied_to_what_is_expected() -> None:
     assert chi_square(cold, reference, Settings(temperature=0.5, top_k=2)).p < 1e-4
 
 
+def test_an_engine_draws_at_the_temperature_and_with_the_seed_of_the_request() -> None:
+    class Told(Table):
+        def run(self, ids: list[int], tokens: int, stop: bool = True, seed: int | None = None) -> Run:
+            told.append((self.job.temperature, seed))
+            return Run([1, 2], 0.1, 1.0)
+
+    told: list[tuple[float, int | None]] = []
+    engine = Told(logs_of(1, 1), None)
+    asked = {"do": "run", "ids": [1], "tokens": 2}
+    answer(engine, {**asked, "temperature": 0.7, "seed": 5})
+    answer(engine, asked)
+    answer(engine, {"do": "draw", "ids": [1], "tokens": 2, "temperature": 1.2, "seeds": [3, 4], "stop": True})
+    assert told == [(0.7, 5), (0.0, None), (1.2, 3), (1.2, 4)] and engine.job == Job("")
+
+
+def test_other_pairs_that_float32_rounds_to_none_contradict_nothing() -> None:
+    """They join the rarest cell, as do those that are expected less than five times."""
+    cells = {(0, 0): 0.5, (0, 1): 0.5}
+    found = fidelity._tested(Counter({(0, 0): 99, (0, 1): 95, (2, 2): 6}), cells, 200, True)
+    due = scipy.stats.chisquare([105, 95], [100, 100])
+    assert (found.cells, found.statistic, found.p) == (2, pytest.approx(due.statistic), pytest.approx(due.pvalue))
+
+
 def test_a_distribution_on_one_pair_cannot_be_tested() -> None:
     sure = logs_of(1, 1e-9, 1e-9)
     reference = Reference(seat_of(sure, sure), [[1, 2, 3]], [Table.STOP])
@@ -543,6 +571,20 @@ def test_a_peer_whose_distribution_cannot_be_measured_still_runs(monkeypatch: py
     assert set(running.skipped) == set()
     text = told(report)
     assert text.count("Its distribution was not measured: no memory is free.") == 2
+
+
+def test_later_turns_get_room_as_far_as_the_context_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair, settings, longest = _with_plan(tiny_pair()), Settings(max_new_tokens=4), []
+
+    def seat(name: str, pair: Any, settings: Settings, asked: tuple[int, Extras], say: Any) -> FakeSeat:
+        longest.append(asked[0])
+        return FakeSeat([1, 2, 3])
+
+    monkeypatch.setattr(peers, "_seat", seat)
+    for room in (0, 20, 10**9):
+        with Peers(["transformers"], pair, settings, [[1] * 7], extras=Extras(room=room), check=False) as running:
+            assert "transformers" in running.running
+    assert longest == [7, 27, pair.context - peers._ROOM - 1]
 
 
 def _no_memory(pair: Any) -> None:

@@ -49,6 +49,7 @@ class Fake:
         self.now: tuple[int, str] | None = None
         self.runs: list[tuple[int, str]] = []
 
+    job = Job("")
     starts_slowly = False
 
     def options(self, ids: list[int]) -> list[dict[str, str]]:

@@ -96,8 +96,6 @@ def grid(arguments: argparse.Namespace, settings: Settings, peers: Sequence[str]
     )
     if arguments.drafters and arguments.drafter:
         raise UserError("Name the drafters by --drafter or by --drafters, not by both.")
-    if found.turns and peers:
-        raise UserError("Peers answer single prompts; leave out --peers or --turns.")
     found.conditions()
     return found
 
@@ -244,8 +242,10 @@ def _measure(bench: Bench, record: Record, pair: Pair, extras: Extras, say: Say)
             ids = [
                 bench.ids(i, context) for i in range(len(bench.prompts)) for context in bench.grid.contexts or (None,)
             ]
-            first = bench.grid.settings_of(next(c for c in bench.grid.conditions() if c.peer), 0)
-            peers = bench.peers = stack.enter_context(Peers(bench.grid.peers, pair, first, ids, say, extras))
+            used = [bench.grid.settings_of(c, 0) for c in bench.grid.conditions() if c.peer]
+            drawn = next((settings for settings in used if settings.temperature > 0), used[0])
+            extras = extras._replace(room=bench.room(), draws=drawn)
+            peers = bench.peers = stack.enter_context(Peers(bench.grid.peers, pair, used[0], ids, say, extras))
         quiet = not sys.stderr.isatty()
         bar = stack.enter_context(
             tqdm(

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics import LEVEL, student
+from ..metrics import LEVEL
+from ..student import quantile
 
 REPLICATES = 1000
 FEW = 6  # prompts; below, resampling them is no estimate of their spread
@@ -100,5 +101,5 @@ def _students(values: Sequence[float]) -> tuple[float | None, float | None]:
     if len(values) < 3 or min(values) <= 0:
         return None, None
     logs = [math.log(value) for value in values]
-    half = student(len(logs) - 1) * stdev(logs) / math.sqrt(len(logs))
+    half = quantile((1 + LEVEL) / 2, len(logs) - 1) * stdev(logs) / math.sqrt(len(logs))
     return math.exp(fmean(logs) - half), math.exp(fmean(logs) + half)

@@ -23,14 +23,14 @@ TEXTS = 3
 POSITIONS = 8  # of a text
 DRAWS = 200  # pairs of tokens
 _FIRST = 3  # most likely first tokens after which the second one is compared
-_LEAST_EXPECTED = 5.0  # draws of a cell; rarer pairs share one
+_ROUNDING = 1e-9  # expected draws of all other pairs at least: those that float32 rounds to none contradict nothing
 _REPEATED = 8  # tokens of the prompt's end, which the text to draw after repeats, so that lookup drafts
 
 
 @dataclass(frozen=True)
 class ChiSquare:
     """A chi-square test of drawn pairs of tokens. "own" says whether they are compared with the distribution that the
-    engine gives itself; else with float32. p is None where too few cells expect `_LEAST_EXPECTED` draws."""
+    engine gives itself; else with float32. p is None where too few cells expect `prove.chi_square.LEAST` draws."""
 
     draws: int
     cells: int
@@ -130,18 +130,26 @@ def chi_square(seat: Seat, reference: Reference, settings: Settings, draws: int 
     token that is drawn first ends the draw. The text to draw after is a prompt whose end is repeated; where that leaves
     one likely pair only, the prompt itself.
     """
+    from ..prove.chi_square import LEAST
+
     ids = reference.texts[0][: 1 - POSITIONS]
     found = ChiSquare(0, 1, None, None, True)
     for text in ([*ids, *ids[-_REPEATED:], *ids[-_REPEATED:]], ids):
         expected, own = _pairs(seat, reference, settings, text)
-        cells = {pair: p for pair, p in expected.items() if p * draws >= _LEAST_EXPECTED}
+        cells = {pair: p for pair, p in expected.items() if p * draws >= LEAST}
         if len(cells) < 2:
             continue
         seeds = [settings.seed + number for number in range(draws)]
-        drawn = seat.ask({"do": "draw", "ids": text, "tokens": 2, "seeds": seeds, "stop": True})["ids"]
+        drawn = _drawn(seat, text, settings, seeds)
         counts = Counter(tuple(pair) for pair in drawn)
         found = _tested(counts, cells, draws, own)
         break
+    return found
+
+
+def _drawn(seat: Seat, text: list[int], settings: Settings, seeds: list[int]) -> list[list[int]]:
+    asked = {"do": "draw", "ids": text, "tokens": 2, "temperature": settings.temperature, "seeds": seeds, "stop": True}
+    found: list[list[int]] = seat.ask(asked)["ids"]
     return found
 
 
@@ -167,18 +175,11 @@ def _pairs(
 
 
 def _tested(counts: Counter[Any], cells: dict[tuple[int, ...], float], draws: int, own: bool) -> ChiSquare:
+    """The test of these cells and of one for all other pairs, which is pooled with the rarest where it is rare."""
+    from ..prove import chi_square as pearson
+
     observed = [counts[pair] for pair in cells]
     expected = [p * draws for p in cells.values()]
-    rest = draws - sum(expected)
-    if rest >= _LEAST_EXPECTED:
-        observed.append(draws - sum(observed))
-        expected.append(rest)
-    else:  # the rest joins the rarest cell
-        rarest = int(np.argmin(expected))
-        observed[rarest] += draws - sum(observed)
-        expected[rarest] += rest
-    import torch
-
-    statistic = float(sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True)))
-    half = torch.tensor([(len(expected) - 1) / 2, statistic / 2], dtype=torch.float64)
-    return ChiSquare(draws, len(expected), statistic, float(torch.special.gammaincc(half[0], half[1])), own)
+    rest = max(_ROUNDING, draws - sum(expected))
+    fit = pearson.chi_square(np.array([*observed, draws - sum(observed)]), np.array([*expected, rest]))
+    return ChiSquare(draws, fit.freedom + 1, fit.statistic, fit.p_value, own)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+
+from ..student import quantile
 
 LEVEL = 0.95  # of the intervals that are shown
 REPLICATES = 1000
@@ -79,36 +80,6 @@ class Resampled:
     def ratio(self, of: np.ndarray, to: np.ndarray, error: float = 1 - LEVEL) -> Interval | None:
         """Σ of ÷ Σ to, float `[prompts]` each; None where there is nothing to divide by."""
         return self.of(lambda sums: sums[..., 0] / sums[..., 1], np.stack([of, to], axis=1), error)
-
-
-@cache
-def quantile(probability: float, freedom: int) -> float:
-    """Of Student's t, for a probability above 1/2 and a whole number of degrees of freedom; found by bisection of the
-    closed form of the distribution (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    if freedom < 1:
-        return math.inf
-    if freedom > 300:
-        return NormalDist().inv_cdf(probability)
-    low, high = 0.0, 1.0
-    while _student(high, freedom) < probability:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student(middle, freedom) < probability else (low, middle)
-    return high
-
-
-def _student(t: float, freedom: int) -> float:
-    """P(T ≤ t), t ≥ 0."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, square = math.sin(angle), math.cos(angle) ** 2
-    term = math.cos(angle) if freedom % 2 else 1.0
-    total = term if freedom > 1 else 0.0
-    for k in range(3 if freedom % 2 else 2, freedom - 1, 2):
-        term *= (k - 1) / k * square
-        total += term
-    inside = 2 / math.pi * (angle + sine * total) if freedom % 2 else sine * total
-    return (1 + inside) / 2
 
 
 def prompts_needed(values: Sequence[float] | np.ndarray, half_width: float, error: float) -> int:

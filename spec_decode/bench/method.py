@@ -34,7 +34,7 @@ Sizes = Callable[[], tuple[ModelSize | None, ModelSize | None]]
 class Others(Protocol):
     """The peers, as `peers.Peers`."""
 
-    def run(self, name: str, ids: list[int]) -> dict[str, Any] | None: ...
+    def run(self, name: str, ids: list[int], settings: Settings) -> dict[str, Any] | None: ...
 
 
 @dataclass
@@ -154,15 +154,13 @@ class Bench:
         history = self._history(task)
         if history is None:
             return None
-        text = self._texts[task.prompt, condition.context]
-        if condition.turn and condition.turn > 1:
-            text = FOLLOW_UPS[(condition.turn - 2) % len(FOLLOW_UPS)]
+        text = self._question(task)
         if condition.drafter != self._loaded:
             self._warm(settings, condition.drafter)
         try:
             race = self.source.race(Request(text, settings, drafter=condition.drafter, history=history))
         except PromptError as error:
-            self.say(f"{self.prompts[task.prompt]['id']}, turn {condition.turn or 1}, is left out: {error}")
+            self._left_out(task, error)
             return None
         return self._measured(task, race, settings)
 
@@ -207,11 +205,19 @@ class Bench:
 
     def _peer(self, task: Task) -> Measurement | None:
         assert self.peers is not None
-        ids = self.ids(task.prompt, task.condition.context)
+        history = self._history(task)
+        if history is None:
+            return None
+        try:
+            ids = self._ids_of(task, history)
+        except PromptError as error:
+            self._left_out(task, error)
+            return None
         begun, gauges = _now(), self.instruments.gauges
         if gauges:
             gauges.begin()
-        answer = self.peers.run(task.condition.engine, ids)
+        settings = self.grid.settings_of(task.condition, task.repeat)
+        answer = self.peers.run(task.condition.engine, ids, settings)
         if answer is None:
             return None
         prompt = self.prompts[task.prompt]
@@ -227,13 +233,35 @@ class Bench:
             UserError: the source does not tell them.
         """
         if (prompt, context) not in self._ids:
-            race = self.source.race(Request(self._texts[prompt, context], self.grid.settings, drafter=self._loaded))
-            race.close()
-            ids: list[int] | None = getattr(race, "ids", None)
-            if ids is None:
-                raise UserError("Peers run beside a pair on this machine only, since they are given its prompt ids.")
-            self._ids[prompt, context] = ids
+            self._ids[prompt, context] = self._encoded(self._texts[prompt, context])
         return self._ids[prompt, context]
+
+    def room(self) -> int:
+        """Tokens that later turns may add to a prompt, at most: answers, and questions with their templates."""
+        more = (self.grid.turns or 1) - 1
+        return more and more * (self.grid.settings.max_new_tokens + max(self._tokens(text) for text in FOLLOW_UPS))
+
+    def _ids_of(self, task: Task, history: tuple[tuple[str, str], ...]) -> list[int]:
+        if not history:
+            return self.ids(task.prompt, task.condition.context)
+        return self._encoded(self._question(task), history)
+
+    def _encoded(self, text: str, history: tuple[tuple[str, str], ...] = ()) -> list[int]:
+        race = self.source.race(Request(text, self.grid.settings, drafter=self._loaded, history=history))
+        race.close()
+        ids: list[int] | None = getattr(race, "ids", None)
+        if ids is None:
+            raise UserError("Peers run beside a pair on this machine only, since they are given its prompt ids.")
+        return ids
+
+    def _question(self, task: Task) -> str:
+        """What is asked in this turn."""
+        turn = task.condition.turn or 1
+        first = self._texts[task.prompt, task.condition.context]
+        return first if turn == 1 else FOLLOW_UPS[(turn - 2) % len(FOLLOW_UPS)]
+
+    def _left_out(self, task: Task, error: PromptError) -> None:
+        self.say(f"{self.prompts[task.prompt]['id']}, turn {task.condition.turn or 1}, is left out: {error}")
 
     def _history(self, task: Task) -> tuple[tuple[str, str], ...] | None:
         """The turns before this one, with the answers that the target gave; None where one is missing."""

@@ -42,14 +42,18 @@ _ROOM = 64  # positions beyond a prompt that fidelity and trials need
 
 
 class Extras(NamedTuple):
-    """What some peers need besides the pair.
+    """What peers need besides the pair.
 
     vllm: the interpreter of an environment with vLLM; empty takes the variable SPEC_DECODE_VLLM, or our own.
     llama_draft: a GGUF file of a draft model for llama.cpp.
+    room: tokens that later turns of a conversation may add to the longest prompt.
+    draws: the settings whose draws are checked; None for those that the engines are tuned with.
     """
 
     vllm: str = ""
     llama_draft: str = ""
+    room: int = 0
+    draws: Settings | None = None
 
 
 def parse(names: str, extras: Extras | None = None) -> list[str]:
@@ -98,15 +102,17 @@ class Peer:
         """Leaves the CPU time that was used so far out of the report."""
         self.since = time.perf_counter(), self.seat.cpu()
 
-    def run(self, ids: list[int], tokens: int) -> dict[str, Any]:
-        """Runs a prompt: as `engines.service.answer`.
+    def run(self, ids: list[int], settings: Settings) -> dict[str, Any]:
+        """Runs a prompt, as `engines.service.answer`, with the number of new tokens, the temperature and the seed of
+        these settings.
 
         Raises:
             ModelError: the engine failed.
         """
         self._note("others")
         wall, cpu = time.perf_counter(), time.process_time()
-        found = self.seat.ask({"do": "run", "ids": ids, "tokens": tokens})
+        asked = {"temperature": settings.temperature, "seed": settings.seed}
+        found = self.seat.ask({"do": "run", "ids": ids, "tokens": settings.max_new_tokens, **asked})
         self.ours.add(time.perf_counter() - wall, time.process_time() - cpu)
         self._note("own")
         return found
@@ -173,19 +179,21 @@ class Peers:
         self.say = progress or (lambda line: None)
         self.running: dict[str, Peer] = {}
         self.skipped: dict[str, str] = {}
-        self.tokens = settings.max_new_tokens
         self._ended: dict[str, dict[str, Any]] = {}
         extras = extras or Extras()
         names = parse(",".join(names), extras)
         tuning = list(prompts[:: max(1, len(prompts) // _TUNING)][:_TUNING]) or [[1, 2, 3]]
         tried = [_current()] if pair.target.device.type != "cpu" else counts or thread_counts()
-        checks = Checks(pair, settings, tuning) if check else None
+        checks = Checks(pair, extras.draws or settings, tuning) if check else None
+        longest = max(map(len, prompts), default=1)
+        if extras.room:  # what does not fit into the context is not asked
+            longest = max(longest, min(longest + extras.room, pair.context - max(settings.max_new_tokens, _ROOM) - 1))
         try:
             for name in names:
                 seat: Seat | None = None
                 try:
                     self.say(f"Finding the fastest settings for {name} …")
-                    seat = _seat(name, pair, settings, (max(map(len, prompts), default=1), extras), self.say)
+                    seat = _seat(name, pair, settings, (longest, extras), self.say)
                     peer = Peer(name, seat, tried, tuning)
                     if checks is not None:
                         self.say(f"Checking the distribution of {name} …")
@@ -210,12 +218,12 @@ class Peers:
             if checks is not None:
                 checks.close()
 
-    def run(self, name: str, ids: list[int]) -> dict[str, Any] | None:
+    def run(self, name: str, ids: list[int], settings: Settings) -> dict[str, Any] | None:
         """Runs a prompt through an engine, as `Peer.run`. None for one that does not run; one that fails is removed."""
         if name not in self.running:
             return None
         try:
-            return self.running[name].run(ids, self.tokens)
+            return self.running[name].run(ids, settings)
         except ModelError as error:
             failed = self.running.pop(name)
             self._ended[name] = {**failed.facts, "failed": str(error)}

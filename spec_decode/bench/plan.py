@@ -46,7 +46,7 @@ class Grid:
     temperatures: from 0 to 5.
     contexts: tokens that prompts are extended to; empty leaves them as they are.
     turns: of a conversation; None asks each prompt alone.
-    peers: other engines. They run once for each context, at the first temperature.
+    peers: other engines. They run once for each temperature, context and turn.
     repeats: how often everything is measured. Repeat r draws with the seed `settings.seed` + r.
     order_seed: of the shuffled order.
     """
@@ -101,9 +101,10 @@ class Grid:
                     found[Condition(*made, synthetic_acceptance=used.synthetic_acceptance)] = None
         if refused and 0 not in self.temperatures:
             raise refused
-        for name, (context, turn) in product(self.peers, sweep):
-            first = Settings(temperature=self.temperatures[0]).temperature
-            found[Condition(0, "", "", first, context, turn, engine=name)] = None
+        for name, temperature, (context, turn) in product(
+            self.peers, list(dict.fromkeys(c.temperature for c in found)), sweep
+        ):
+            found[Condition(0, "", "", temperature, context, turn, engine=name)] = None
         return list(found)
 
     def order(self, prompts: int) -> list[Task]:

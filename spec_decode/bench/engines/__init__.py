@@ -73,6 +73,7 @@ class Job:
 class Engine(Protocol):
     """An engine that holds one model.
 
+    job: what it was made for. Another temperature may take the place of the job's between two runs.
     starts_slowly: `use` takes so long that each combination is prepared once only.
     options: settings, apart from the number of threads and the draft, to try on this prompt.
     drafts: settings of the draft to try; one empty option for plain decoding.
@@ -84,6 +85,7 @@ class Engine(Protocol):
     close: frees the model.
     """
 
+    job: Job
     starts_slowly: bool
 
     def options(self, ids: list[int]) -> list[Option]: ...

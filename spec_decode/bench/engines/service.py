@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 from . import KINDS, Engine, Job
@@ -19,12 +20,24 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
 
     {"do": "tune", "counts", "prompts"}: finds the fastest settings.
     {"do": "use", "threads", "option"}: takes these settings.
-    {"do": "run", "ids", "tokens"}: {"ids", "first", "seconds", "head", "tokens_per_second", "drafted", "accepted"}.
-    {"do": "draw", "ids", "tokens", "seeds", "stop"}: {"ids"}, for each seed the emitted tokens; "stop" says whether
-        stop tokens end them.
+    {"do": "run", "ids", "tokens", "temperature", "seed"}: {"ids", "first", "seconds", "head", "tokens_per_second",
+        "drafted", "accepted"}.
+    {"do": "draw", "ids", "tokens", "temperature", "seeds", "stop"}: {"ids"}, for each seed the emitted tokens; "stop"
+        says whether stop tokens end them.
     {"do": "predict", "texts", "last", "path"}: writes `[texts, last, vocabulary]` log-probabilities to a file of NumPy;
         {"given": False} where the engine gives none.
+
+    Where "temperature" or "seed" is left out, the job's holds.
     """
+    job = engine.job
+    engine.job = replace(job, temperature=request.get("temperature", job.temperature))
+    try:
+        return _answered(engine, request)
+    finally:
+        engine.job = job
+
+
+def _answered(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "tune":
         tuned = tune(engine, request["counts"], request["prompts"])
         return {**engine.facts(), "threads": tuned.threads, "option": tuned.option, "trials": tuned.trials}
@@ -37,7 +50,7 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
         return {"ids": [run.ids for run in runs]}
     if request["do"] == "predict":
         return _predicted(engine, request)
-    run = engine.run(request["ids"], request["tokens"])
+    run = engine.run(request["ids"], request["tokens"], seed=request.get("seed"))
     return {
         "ids": run.ids,
         "first": run.first,
