@@ -57,7 +57,7 @@ SpecDecode.tour = (view, player, steps) => {
       if (!stop || !stop.drafted.length) return [says("One ", term("target pass"), " gives one token where nothing is drafted. Over a ", term("draft"), " it would give the target’s word on every guess at once.")];
       const n = stop.drafted.length, kept = stop.accepted, emitted = stop.round.tokens.filter(SpecDecode.emits).length;
       const verdict = kept === n ? (n === 1 ? "It is" : "All " + n + " are") + " accepted" : kept ? kept + " of " + n + " are accepted" : "None is accepted here";
-      return [says(where(stop) + "One ", term("target pass"), " over " + (n === 1 ? "the guess" : "all " + n + " guesses") + " tells what the target makes of " + (n === 1 ? "it" : "each of them") + ":"),
+      return [says(where(stop) + "One ", term("target pass"), " over " + (n === 1 ? "the guess" : "all " + n + " guesses") + " computes the target’s distribution at every position, which verifies " + (n === 1 ? "it" : "all of them at once") + ":"),
         chips(stop.round.tokens),
         says(verdict + ". ", ...(stop.own ? ["The same pass also gives a token of the target’s own, the ", term(stop.own.role === "bonus" ? "bonus" : "correction"), ": " + count(emitted, "token") + " from one pass."] : [count(emitted, "token") + " from one pass."]))];
     } },
@@ -72,12 +72,12 @@ SpecDecode.tour = (view, player, steps) => {
       const bars = SpecDecode.tourBars(view.race.costs), wide = bars[bars.length - 1], plain = view.race.step;
       const out = [];
       if (bars.length > 1) {
-        out.push(says("A ", term("target pass"), " reads all weights once, over however many tokens it runs. " + (wide.ratio < wide.width ? "Over " + wide.width + " tokens it takes " + digits(wide.ratio, 3) + " times as long as over one; " + wide.width + " passes take " + wide.width + " times." : "Here that saves nothing: over " + wide.width + " tokens it takes " + digits(wide.ratio, 3) + " times as long as over one.")),
+        out.push(says("A ", term("target pass"), " reads all weights once, over however many tokens it runs. " + (wide.ratio < wide.width ? "Over " + wide.width + " tokens it takes " + digits(wide.ratio, 3) + " times as long as over one, not " + wide.width + " times." : "Here that saves nothing: over " + wide.width + " tokens it takes " + digits(wide.ratio, 3) + " times as long as over one.")),
           chart(bars), make("p", "sd-tour-note", "Time of one pass, in passes over one token; pale: as many single passes. " + measured()));
       } else out.push(says("A ", term("target pass"), " reads all weights once, over however many tokens it runs, so a pass over a few tokens takes little longer than a pass over one. " + (document.body.dataset.sdPhase === "running" ? "The measured times come when the race is over." : "What it costs on this machine was not measured for this race.")));
       if (stop && plain && stop.drafted.length) {
         const { seconds } = stop.round, emitted = stop.round.tokens.filter(SpecDecode.emits).length;
-        out.push(says(where(stop) + count(emitted, "token") + " in " + ms(seconds) + ", the time of " + digits(seconds / plain.seconds, 2) + " ", term("plain steps"), "."));
+        out.push(says("Round " + stop.round.index + " gave " + count(emitted, "token") + " in " + ms(seconds) + ", the time of " + digits(seconds / plain.seconds, 2) + " ", term("plain steps"), "."));
       }
       return out;
     } },
@@ -125,7 +125,7 @@ SpecDecode.tour = (view, player, steps) => {
       const aim = document.getElementById(step.focus), to = aim && (aim.matches("button") ? aim : aim.querySelector("button"));
       if (to && !to.disabled && to.getClientRects().length) {
         to.focus({ preventScroll: true });
-        to.scrollIntoView({ block: "nearest" });
+        to.scrollIntoView({ block: "center", behavior: "instant" });
       } else if (tries && !panel.hidden) setTimeout(go, 100, tries - 1);
     };
     setTimeout(go, 150, 30);
@@ -141,7 +141,7 @@ SpecDecode.tour = (view, player, steps) => {
     next.hidden = !caption;
     next.textContent = at + 1 === captions.length ? "Finish" : "Next";
     heading.textContent = caption ? caption.title : "Try next";
-    place.textContent = caption ? at + 1 + " of " + captions.length + " · " + (recorded() ? "on a recording, " + recorded() : "on your race") : "";
+    place.textContent = caption ? at + 1 + " of " + captions.length + " · " + (recorded() ? "a race " + recorded() : "on your race") : "";
     const stop = caption ? caption.of(stops) : null;
     body.replaceChildren(...(caption ? caption.tell(stop, stops) : ending()));
     if (had && (!panel.contains(document.activeElement) || document.activeElement.hidden)) heading.focus({ preventScroll: true });
@@ -176,7 +176,7 @@ SpecDecode.tour = (view, player, steps) => {
     const top = all[0].getBoundingClientRect().top, bottom = all[all.length - 1].getBoundingClientRect().bottom;
     const height = panel.offsetHeight, free = innerHeight - (sheet.matches ? height : height + 24);
     const under = bottom + 12 > free, over = top < 12;
-    if (under || over) scrollBy({ top: Math.min(bottom + 12 - free, top - 12), behavior: "instant" });
+    if (under || over) scrollBy({ top: under ? Math.min(bottom + 12 - free, top - 12) : top - 80, behavior: "instant" });
     if (sheet.matches) return;
     follows();
   }

@@ -42,8 +42,8 @@ def token_view(
     feeds: Feeds, recordings: Sequence[dict[str, Any]] = (), steps: Sequence[dict[str, str]] = ()
 ) -> gr.HTML:
     """The two lanes and the score board; its value is a batch of `feed.Feed`. It also explains the `terms` of the page,
-    and plays the first of `recordings` (`recordings.shipped`) until a race begins. `steps` (`tour.offered`) are what its
-    tour offers at the end.
+    and plays the first of `recordings` (`recordings.shipped`) until a race begins. `steps` (`tour.offered`) are what
+    its tour offers at the end.
 
     Where the view missed batches it calls the server function `missing`, which looks them up in `feeds`.
     """

@@ -52,24 +52,24 @@ STEPS = (
     Step(
         "repeats",
         "Text that repeats",
-        "Look for long runs of accepted tokens: the answer repeats words of the prompt, and prompt lookup guesses them "
-        "at almost no cost.",
+        "Press Run, and look for long runs of accepted tokens: the answer repeats words of the prompt, and prompt "
+        "lookup guesses them at almost no cost.",
         "numbered-steps",
         drafter="lookup",
     ),
     Step(
         "loses",
         "Make it lose: γ = 16",
-        "Look for long runs of rejected tokens: each round drafts and verifies 16 guesses at prose, and few are "
-        "accepted. Below 1× drafting costs more time than it saves; the text is still the same.",
+        "Press Run, and look for long runs of rejected tokens: each round drafts and verifies 16 guesses at prose, and "
+        "few are accepted. Below 1× drafting costs more time than it saves; the text is still the same.",
         "harbour",
-        {"policy": "fixed", "draft_length": 16},
+        {"policy": "fixed", "draft_length": 16, "temperature": 0.8},
     ),
     Step(
         "samples",
         "Sample at T = 1",
-        "Tokens are drawn now, and guesses are accepted less often. Look at the badge: both texts are still the same, "
-        "since the coupled rule draws both with the same noise. Another seed gives another text.",
+        "Press Run, and look at “texts”: tokens are drawn now, and still both lanes show the same text, since the "
+        "coupled rule draws with the same noise. Guesses are accepted less often. Another seed gives another text.",
         "rainbow",
         {"temperature": 1.0},
     ),
@@ -77,8 +77,8 @@ STEPS = (
 BREAK = {
     "id": "sd-next-breaks",
     "title": "Break exactness",
-    "says": "The exactness lab decodes thousands of short texts with a rule that is wrong on purpose. Look for bars far "
-    "from their marks, and a verdict that refutes the rule.",
+    "says": "Press Run test: thousands of short texts are decoded with a rule that is wrong on purpose. Look for bars "
+    "far from their marks, and for a verdict that refutes the rule.",
     "focus": "sd-lab-run",
 }
 
