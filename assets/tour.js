@@ -33,7 +33,7 @@ SpecDecode.tour = (view, player, steps) => {
   const panel = make("section", "sd-tour", make("header", "", heading, button("sd-tip-close", "Close the tour", () => close(), "×")), body, foot);
   heading.id = "sd-tour-title";
   heading.tabIndex = -1;
-  body.setAttribute("aria-live", "polite");
+  for (const part of [heading, body]) part.setAttribute("aria-live", "polite");
   panel.setAttribute("role", "dialog");
   panel.setAttribute("aria-labelledby", heading.id);
   panel.hidden = true;
@@ -72,9 +72,9 @@ SpecDecode.tour = (view, player, steps) => {
       const bars = SpecDecode.tourBars(view.race.costs), wide = bars[bars.length - 1], plain = view.race.step;
       const out = [];
       if (bars.length > 1) {
-        out.push(says("A ", term("target pass"), " reads all weights once, over however many tokens it runs. " + (wide.ratio < wide.width ? "Over " + wide.width + " tokens it takes " + digits(wide.ratio, 3) + " times as long as over one, not " + wide.width + " times." : "Here that saves nothing: over " + wide.width + " tokens it takes " + digits(wide.ratio, 3) + " times as long as over one.")),
+        out.push(says("A ", term("target pass"), " reads the weights once, for however many tokens. " + (wide.ratio < wide.width ? "Over " + wide.width + " tokens it takes " + digits(wide.ratio, 3) + " times as long as over one, not " + wide.width + " times." : "Here that saves nothing: over " + wide.width + " tokens it takes " + digits(wide.ratio, 3) + " times as long as over one.")),
           chart(bars), make("p", "sd-tour-note", "Time of one pass, in passes over one token; pale: as many single passes. " + measured()));
-      } else out.push(says("A ", term("target pass"), " reads all weights once, over however many tokens it runs, so a pass over a few tokens takes little longer than a pass over one. " + (document.body.dataset.sdPhase === "running" ? "The measured times come when the race is over." : "What it costs on this machine was not measured for this race.")));
+      } else out.push(says("A ", term("target pass"), " reads the weights once, for however many tokens, so a pass over a few tokens takes little longer than a pass over one. " + (document.body.dataset.sdPhase === "running" ? "The measured times come when the race is over." : "How much was not measured for this race.")));
       if (stop && plain && stop.drafted.length) {
         const { seconds } = stop.round, emitted = stop.round.tokens.filter(SpecDecode.emits).length;
         out.push(says("Round " + stop.round.index + " gave " + count(emitted, "token") + " in " + ms(seconds) + ", the time of " + digits(seconds / plain.seconds, 2) + " ", term("plain steps"), "."));
@@ -89,6 +89,7 @@ SpecDecode.tour = (view, player, steps) => {
   }
   function promise() {
     const { about } = view.race;
+    if (about?.same_text && view.race.differ) return "Yet the texts of this race differ, which they should not.";
     if (!about || (about.exact && about.same_text)) return "So the text is the one that the target alone writes.";
     if (about.synthetic) return "In this race the verdicts were drawn, to measure time, so the text means nothing.";
     return about.exact ? "So the text follows the target’s own distribution." : "The rule of this race is lossy: it also accepts guesses that the target would refuse.";
@@ -104,7 +105,7 @@ SpecDecode.tour = (view, player, steps) => {
       many.style.width = 100 * width / Math.max(most, bars[bars.length - 1].ratio) + "%";
       const value = make("data", "", digits(ratio, 3) + "×");
       value.value = String(ratio);
-      list.append(make("li", "", make("span", "", count(width, "token").replace("one", "1")), make("span", "sd-tour-bar", many, one), value));
+      list.append(make("li", "", make("span", "", width + (width === 1 ? " token" : " tokens")), make("span", "sd-tour-bar", many, one), value));
     }
     return list;
   }
@@ -191,7 +192,8 @@ SpecDecode.tour = (view, player, steps) => {
     panel.style.top = Math.max(bottom, pane.top) + 10 - home.top + "px";
   }
   view.lane("speculative").box.addEventListener("scroll", () => { if (!panel.hidden) follows(); }, { passive: true });
-  addEventListener("resize", () => { if (!panel.hidden) put(); });
+  addEventListener("resize", () => { if (!panel.hidden) follows(); });
+  sheet.addEventListener("change", () => { if (!panel.hidden) put(); });
 
   async function start(from = null) {
     opener = from;

@@ -278,6 +278,6 @@ def test_a_phone_has_a_sheet_and_a_race_without_the_round_of_a_caption_says_so(b
     page.click(".sd-tour-open")
     for _ in range(3):
         page.click(".sd-tour-next")
-    assert "was not measured" in told(visitor)[1] and page.evaluate(BARS) == []
+    assert "How much was not measured" in told(visitor)[1] and page.evaluate(BARS) == []
     assert visitor.errors == []
     page.close()
