@@ -94,7 +94,7 @@ def told(visitor: Visitor) -> tuple[str, str]:
 
 
 def test_four_captions_on_a_recording_then_next_steps(browser: Any, fake_app: Any) -> None:
-    url, source = fake_app(pace=1.0, context=4000)
+    url, source = fake_app(pace=8.0, context=4000)
     visitor = Visitor(browser, url, width=1280).ready()
     page, trace, panel = visitor.page, SCENES["code"], visitor.page.locator(".sd-tour")
     state(visitor, "playing")
