@@ -112,7 +112,7 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
             ),
             blocks,
         )
-        wire_tour(engine, blocks, prompt, panel, (tabs, broken) if lab else None)
+        wire_tour(engine, blocks, prompt, panel, (tabs, broken) if isinstance(tabs, gr.Tabs) else None)
         api(race_endpoint(engine), api_name="race", concurrency_id=DEVICE, concurrency_limit=1)
     blocks.queue(max_size=max_queue, api_open=False)
     # Gradio looks for new events a thousand times a second, in the process that decodes; fifty times is soon enough.
