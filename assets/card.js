@@ -33,7 +33,7 @@ SpecDecode.card = (view) => {
       const [lines, facts] = describe(anchor.about);
       for (const [tag, name, text] of lines) tip.append(make(tag, name, text));
       tip.append(make("dl", "", ...facts.map(([name, text]) =>
-        make("div", "", make("dt", "", ...view.explained(name)), make("dd", "", text)))));
+        make("div", "", make("dt", "", ...(name.startsWith("KL") ? view.explained(name) : [name])), make("dd", "", text)))));
     } else {
       tip.append(make("p", "sd-tip-head", anchor.textContent), make("p", "sd-tip-text", terms[anchor.textContent]));
     }

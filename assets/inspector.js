@@ -165,7 +165,7 @@ SpecDecode.inspector = (view) => {
         make("small", "", said.map((word) => MARK[word]).join("")), make("span", "sd-sr", said.map((word) => NAME[word]).join(", ")), data(p));
       return item;
     }));
-    return make("section", "sd-i-list", make("h3", "", name), rows.length ? list : make("p", "sd-i-none", empty));
+    return make("section", "sd-i-list", make("h3", "", ...view.explained(name)), rows.length ? list : make("p", "sd-i-none", empty));
   }
 
   // Milliseconds of the round against plain steps for as many tokens.

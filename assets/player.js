@@ -6,7 +6,8 @@ SpecDecode.player = (view, recordings) => {
   const bar = root.querySelector(".sd-player");
   const SPEEDS = [[0.25, "¼ speed"], [0.5, "½ speed"], [1, "full speed"]];
   let playing = null, speed = SPEEDS[0][0], frame = 0;
-  const player = { play, leave, begin, get active() { return playing !== null; } };
+  const player = { play, leave, begin, get active() { return playing !== null; },
+    get name() { return playing && playing.recording.name; }, names: recordings.map((recording) => recording.name) };
   bar.hidden = !recordings.length;
 
   const chips = recordings.map((recording) => SpecDecode.button("sd-pick", "Play the recording: " + recording.title,

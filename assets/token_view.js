@@ -8,6 +8,7 @@ SpecDecode.card(view);
 SpecDecode.inspector(view);
 SpecDecode.timeline(view);
 const player = SpecDecode.player(view, props.recordings || []);
+SpecDecode.tour(view, player, props.steps || []);
 let run = "", dismissed = "", have = 0, queue = [], scheduled = false, asking = false, again = false;
 
 function reset(batch) {
@@ -65,6 +66,7 @@ function flush() {
     if (!batch.run && !run && player.active) continue; // the empty batch that the page begins with
     take(batch);
     if (batch.about) view.race.about = batch.about;
+    if (batch.costs) view.race.costs = batch.costs;
     if (batch.phase) show(batch);
     if (batch.figures || !batch.run) {
       document.dispatchEvent(new CustomEvent("sd-figures", { detail: batch.figures || null }));

@@ -183,7 +183,7 @@ SpecDecode.view = (root, terms) => {
     find(".sd-ran").hidden = !ran;
     if (!ran) return;
     find(".sd-ran-prompt").textContent = ran.prompt;
-    find(".sd-ran-settings").replaceChildren(...ran.settings.flatMap((said, i) => [i ? " · " : "", ...view.explained(said)]));
+    find(".sd-ran-settings").replaceChildren(...ran.settings.flatMap((said, i) => [i ? " · " : "", ...(said.startsWith("system prompt: ") ? [said] : view.explained(said))]));
   }
 
   // Text with each term that the page explains made a button; the sentences are those of spec_decode/ui/terms.py.

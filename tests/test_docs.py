@@ -1,6 +1,6 @@
 """The documents and the tools' settings say what is there: files, links, commands, versions, worked examples.
 
-`python tests/test_docs.py` writes the list of modules in docs/architecture.md anew.
+`python tests/test_docs.py` writes the list of modules in docs/architecture.md and docs/glossary.md anew.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+GLOSSARY = ROOT / "docs" / "glossary.md"
 BEGIN, END = "<!-- files: written by `python tests/test_docs.py` -->", "<!-- end of files -->"
 WIDTH, NAME = 120, 26  # columns of the list, and of the names in it
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -259,5 +260,18 @@ def test_the_fast_tier_names_files_that_are_there() -> None:
     assert [name for name in named if not (ROOT / name).is_file()] == [] and named == sorted(set(named))
 
 
+# The glossary
+
+
+def test_the_glossary_of_the_documents_is_that_of_the_page() -> None:
+    from spec_decode.glossary import page
+
+    assert GLOSSARY.read_text(encoding="utf-8") == page(), "run `python tests/test_docs.py`"
+
+
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from spec_decode.glossary import page
+
+    GLOSSARY.write_text(page(), encoding="utf-8")
     ARCHITECTURE.write_text(written(ARCHITECTURE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -40,6 +40,7 @@ def about(
     exact, same_text = settings.exact and promises.exact, settings.same_text and promises.same_text
     return {
         "ran": caption(request, pair, recording),
+        "recorded": str(recording) if recording else "",
         "rule": settings.rule,
         "deciding": settings.deciding.name,
         "temperature": settings.temperature,

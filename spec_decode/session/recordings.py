@@ -41,7 +41,8 @@ def prepared(name: str, title: str, packed: bytes, trace: Trace) -> dict[str, An
         "name": name,
         "title": title,
         "trace": b64encode(packed).decode("ascii"),
-        "about": about(Request.from_dict(trace.request), trace.pair, trace.promises),
+        "about": about(Request.from_dict(trace.request), trace.pair, trace.promises)
+        | {"recorded": str(source.recording)},
         "recorded": str(source.recording),
         "stats": tally.to_dict(trace),
         "figures": curves.live() | {"final": final(trace)},

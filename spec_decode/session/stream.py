@@ -91,6 +91,8 @@ def run(engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool =
                 throttle.drawn(time.perf_counter() - start)
             if race.reading:
                 more["reading"] = [race.reading.read, race.reading.total]
+            if trace and trace.costs:
+                more["costs"] = trace.costs.to_dict()
             if race.notes:
                 more["notes"] = {note.lane: note.text for note in race.notes}
             stats = tally.to_dict(trace) | {"wall": time.perf_counter() - began}

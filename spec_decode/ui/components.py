@@ -25,12 +25,25 @@ def asset(name: str) -> str:
 
 
 # of the token view, in this order; all but the last know nothing of Gradio
-SCRIPTS = ("trace.js", "explain.js", "view.js", "card.js", "inspector.js", "timeline.js", "player.js", "token_view.js")
+SCRIPTS = (
+    "trace.js",
+    "explain.js",
+    "view.js",
+    "card.js",
+    "inspector.js",
+    "timeline.js",
+    "player.js",
+    "tour.js",
+    "token_view.js",
+)
 
 
-def token_view(feeds: Feeds, recordings: Sequence[dict[str, Any]] = ()) -> gr.HTML:
+def token_view(
+    feeds: Feeds, recordings: Sequence[dict[str, Any]] = (), steps: Sequence[dict[str, str]] = ()
+) -> gr.HTML:
     """The two lanes and the score board; its value is a batch of `feed.Feed`. It also explains the `terms` of the page,
-    and plays the first of `recordings` (`recordings.shipped`) until a race begins.
+    and plays the first of `recordings` (`recordings.shipped`) until a race begins. `steps` (`tour.offered`) are what
+    its tour offers at the end.
 
     Where the view missed batches it calls the server function `missing`, which looks them up in `feeds`.
     """
@@ -46,6 +59,7 @@ def token_view(feeds: Feeds, recordings: Sequence[dict[str, Any]] = ()) -> gr.HT
         server_functions=[missing],
         terms=TERMS,
         recordings=list(recordings),
+        steps=list(steps),
         elem_id="sd-token-view",
     )
 

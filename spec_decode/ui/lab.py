@@ -28,8 +28,8 @@ UNUSED = "Not used while the rule is broken."
 LENGTHS = [*((str(n), str(n)) for n in range(1, 9)), ("adaptive", "adaptive")]
 
 
-def lab_tab(engine: Engine) -> None:
-    """Makes and wires the contents of the tab."""
+def lab_tab(engine: Engine) -> gr.Checkbox:
+    """Makes and wires the contents of the tab. Returns the switch that breaks the rule."""
     with gr.Row(elem_id="sd-lab"):
         with gr.Column(elem_id="sd-lab-rail", min_width=280, scale=0):
             rule = gr.Dropdown(
@@ -127,3 +127,4 @@ def lab_tab(engine: Engine) -> None:
     )
     running.then(lab_rest, None, [go, stop], **AT_ONCE)
     stop.click(lab_halt, None, [view, go, stop], cancels=[running], **AT_ONCE)
+    return broken

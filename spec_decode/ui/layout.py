@@ -24,6 +24,7 @@ from .head import TITLE, Head, routes
 from .lab import lab_tab
 from .server import Guard, Server
 from .theme import style, theme
+from .tour import offered, wire_tour
 from .wiring import DEVICE, QUIET, Page, wire
 
 
@@ -82,14 +83,14 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
                     most = panel.controls["max_new_tokens"]
                     most.value = min(most.value, engine.limits.new_tokens or most.value)
             with gr.Column(elem_id="sd-main", min_width=320):
-                view = token_view(feeds, shipped() if recordings else ())
+                view = token_view(feeds, shipped() if recordings else (), offered(lab))
                 figures()
                 download = gr.DownloadButton(
                     "Download trace (JSON)", size="sm", elem_id="sd-download", interactive=False
                 )
         if lab:
             with tabs, gr.Tab("Exactness lab", id="lab"):
-                lab_tab(engine)
+                broken = lab_tab(engine)
         wire(
             engine,
             feeds,
@@ -111,6 +112,7 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
             ),
             blocks,
         )
+        wire_tour(engine, blocks, prompt, panel, (tabs, broken) if isinstance(tabs, gr.Tabs) else None)
         api(race_endpoint(engine), api_name="race", concurrency_id=DEVICE, concurrency_limit=1)
     blocks.queue(max_size=max_queue, api_open=False)
     # Gradio looks for new events a thousand times a second, in the process that decodes; fifty times is soon enough.

@@ -1,4 +1,4 @@
-"""The terms that the page explains, one sentence each, and the buttons that show the sentences.
+"""The terms that the page explains, those of the glossary, and the buttons that show their sentences.
 
 In HTML of ours a term is a button (`marked` makes them, assets/*.html write them out) that shows its sentence when it
 is hovered, tapped or pressed; assets/token_view.js looks the sentence up here, by the button's text.
@@ -11,22 +11,21 @@ from __future__ import annotations
 import re
 from html import escape
 
-from ..drafters.kinds import KINDS
-from ..rules import RULES
+from ..glossary import terms
 
-TERMS: dict[str, str] = {
-    **{kind.name: kind.description for kind in KINDS if kind.by_name},
-    "coupled": RULES["coupled"].summary,
-    "KL": "Kullback–Leibler divergence: how far the distribution that tokens are drawn from is from the target’s own, "
-    "in nats; 0 is exact.",
-    "int8": "Weights are held as 8-bit integers with a scale, half the memory of 16-bit numbers; both lanes run the "
-    "same weights.",
-    "nf4": "Weights are held in 4 bits each (NormalFloat), a quarter of the memory of 16-bit numbers; both lanes run "
-    "the same weights.",
-    "γ": "Draft length: how many tokens the drafter proposes before one target pass verifies them all.",
+# what is no term, but asks for a sentence where it stands
+HINTS = {
     "larger pairs": "Start the app with another pair: python app.py --pair gemma-4-E4B, or --target and --drafter with "
     "any two models that share a tokenizer; python -m spec_decode models lists what fits this machine.",
 }
+
+# The longest first: of two names that begin at one place in a text, the longer is meant.
+TERMS: dict[str, str] = dict(
+    sorted(
+        [*((name, term.definition) for term in terms() for name in (term.name, *term.also)), *HINTS.items()],
+        key=lambda named: -len(named[0]),
+    )
+)
 
 _KNOWN = re.compile(r"(?<![\w-])(" + "|".join(map(re.escape, TERMS)) + r")(?![\w-])")
 
