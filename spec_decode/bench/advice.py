@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ..student import quantile
 from . import intervals, reasons
 from .intervals import Interval
 from .measurement import Measurement
@@ -178,7 +179,7 @@ class _Advisor:
         within = float(np.mean([np.var(values, ddof=1) for values in several]))
         count = float(np.mean([len(values) for values in several]))
         prompt = max(intervals.spread(self.speedups.of(self.best)) ** 2 - within / count, 0.0)
-        allowed = prompts * (SAME / intervals.quantile(1 - self.error / 2, prompts - 1)) ** 2 - prompt
+        allowed = prompts * (SAME / quantile(1 - self.error / 2, prompts - 1)) ** 2 - prompt
         found = math.ceil(within / allowed) if allowed > 0 else 0
         return found if count < found <= 20 * count else None
 
