@@ -1,0 +1,33 @@
+"""The endpoints as tools for agents, by Gradio's MCP server: `app.py --mcp`.
+
+In: the page. Out: why it cannot serve them, and answers that are JSON.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import Any
+
+import gradio as gr
+
+PATH = "gradio_api/mcp/"  # where Gradio serves them
+MISSING = 'Tools for agents need the package mcp below version 2: pip install "mcp>=1.21,<2"'
+
+
+def unavailable() -> str | None:
+    """Why tools cannot be served here, in one sentence; None where they can."""
+    return None if importlib.util.find_spec("mcp") else MISSING
+
+
+def answer_in_json(blocks: gr.Blocks) -> None:
+    """Lets the MCP server of this page, where it has one, answer with JSON: Gradio's own answer to an agent is the text
+    of the Python object."""
+    server = blocks.mcp_server_obj
+    if server is None:
+        return
+
+    def content(outputs: list[Any], root_url: str) -> list[Any]:
+        return [server.types.TextContent(type="text", text=json.dumps(each, ensure_ascii=False)) for each in outputs]
+
+    server.postprocess_output_data = content  # type: ignore[method-assign]
