@@ -123,8 +123,6 @@ def main(argv: list[str] | None = None) -> int:
         page.close()
         return 1
     print(f"Spec Decode is at {url}", flush=True)
-    if arguments.mcp:
-        print(f"Tools for agents are at {url.rstrip('/')}/{agents.PATH}", flush=True)
     engine.start()
     page.block_thread()
     return 0

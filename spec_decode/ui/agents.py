@@ -21,13 +21,23 @@ def unavailable() -> str | None:
 
 
 def answer_in_json(blocks: gr.Blocks) -> None:
-    """Lets the MCP server of this page, where it has one, answer with JSON: Gradio's own answer to an agent is the text
-    of the Python object."""
+    """Lets the MCP server of this page, where it has one, answer with short JSON. Gradio's own answer to an agent is
+    the object as Python prints it."""
     server = blocks.mcp_server_obj
     if server is None:
         return
 
-    def content(outputs: list[Any], root_url: str) -> list[Any]:
-        return [server.types.TextContent(type="text", text=json.dumps(each, ensure_ascii=False)) for each in outputs]
+    def content(data: Any, root_url: str) -> list[Any]:
+        texts = [json.dumps(_short(each), ensure_ascii=False) for each in data]
+        return [server.types.TextContent(type="text", text=text) for text in texts]
 
     server.postprocess_output_data = content  # type: ignore[method-assign]
+
+
+def _short(value: Any) -> Any:
+    """The value with five significant digits in each of its numbers that are not whole."""
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
