@@ -6,9 +6,8 @@ SpecDecode.player = (view, recordings) => {
   const bar = root.querySelector(".sd-player");
   const SPEEDS = [[0.25, "¼ speed"], [0.5, "½ speed"], [1, "full speed"]];
   let playing = null, speed = SPEEDS[0][0], frame = 0;
-  const player = { play, leave, begin, get active() { return playing !== null; } };
   bar.hidden = !recordings.length;
-  if (!recordings.length) return player;
+  if (!recordings.length) return { play() {}, leave() {}, begin() {}, active: false };
 
   const chips = recordings.map((recording) => SpecDecode.button("sd-pick", "Play the recording: " + recording.title,
     () => play(recording.name, SpecDecode.still()), recording.title));
@@ -126,5 +125,5 @@ SpecDecode.player = (view, recordings) => {
     if ("DecompressionStream" in window) play(recordings[0].name, SpecDecode.still());
     else bar.hidden = true;
   }
-  return player;
+  return { play, leave, begin, get active() { return playing !== null; } };
 };

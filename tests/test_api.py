@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 import threading
 import time
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +26,8 @@ from spec_decode.session.device import ABSENT
 from spec_decode.settings import Settings
 from spec_decode.sources.replay import ReplaySource
 from spec_decode.ui import Engine, build, launch_options
+
+DOCUMENT = (Path(__file__).resolve().parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +170,49 @@ def test_advice_needs_a_model() -> None:
         with pytest.raises(ModelError) as error:
             next(advise.ask(engine, advise.Question(("hello",), Settings(max_new_tokens=4))))
         assert str(error.value) == words
+
+
+# docs/api.md
+
+
+def documented(language: str) -> str:
+    """The first block of code in this language."""
+    return str(re.findall(rf"^```{language}\n(.*?)^```$", DOCUMENT, re.M | re.S)[0])
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_the_commands_of_the_documents_race(served: Any) -> None:
+    _, _, url = served
+    script = documented("sh").replace("http://127.0.0.1:7860/", url)
+    assert url in script
+    told = subprocess.run(["bash", "-c", script], text=True, capture_output=True, timeout=120, check=True).stdout
+    *_, event, data = [line for line in told.splitlines() if line]
+    assert event == "event: complete"
+    (answer,) = json.loads(data.removeprefix("data: "))
+    assert answer["status"] == "done" and answer["baseline"]["tokens"] == 64 and answer["rounds"]
+
+
+def test_the_python_of_the_documents_runs(served: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, url = served
+    capsys.readouterr()
+    exec(compile(documented("python").replace("http://127.0.0.1:7860", url), "docs/api.md", "exec"), {})
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].startswith("refuted ") and told[-2].startswith(("None ", "adaptive ", "1 ", "2 ", "4 ", "8 "))
+    assert any(line.endswith(" rounds") for line in told) and "45 of 45" in told
+
+
+def test_the_javascript_of_the_documents_names_what_there_is(served: Any, tmp_path: Path) -> None:
+    client, _, _ = served
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    script = documented("js")
+    calls = re.findall(r'"(/\w+)", \{ (.*?) \}', script)
+    assert len(calls) == 2
+    for name, given in calls:
+        known = {p["parameter_name"] for p in endpoints[name]["parameters"]}
+        assert set(re.findall(r"(\w+): ", re.sub(r'"[^"]*"', "", given))) <= known
+    if node := shutil.which("node"):
+        (tmp_path / "call.mjs").write_text(script, encoding="utf-8")
+        subprocess.run([node, "--check", tmp_path / "call.mjs"], check=True, timeout=60)
 
 
 def loaded(source: Any) -> Engine:

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 import spec_decode
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILT_FROM = ("pyproject.toml", "requirements.txt", "requirements-peers.txt", "LICENSE")
+BUILT_FROM = ("pyproject.toml", "requirements.txt", "requirements-peers.txt", "requirements-mcp.txt", "LICENSE")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 LOOK = """
 import json, spec_decode

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 PATH = "gradio_api/mcp/"  # where Gradio serves them
-MISSING = 'Tools for agents need the package mcp below version 2: pip install "mcp>=1.21,<2"'
+MISSING = "Tools for agents need the package mcp below version 2: pip install -r requirements-mcp.txt"
 
 
 def unavailable() -> str | None:

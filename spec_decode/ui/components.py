@@ -24,8 +24,18 @@ def asset(name: str) -> str:
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
-# of the token view, in this order; all but the last know nothing of Gradio
-SCRIPTS = ("trace.js", "explain.js", "view.js", "card.js", "inspector.js", "timeline.js", "player.js", "token_view.js")
+# of the token view, in this order; all but the last two know nothing of Gradio
+SCRIPTS = (
+    "trace.js",
+    "explain.js",
+    "view.js",
+    "card.js",
+    "inspector.js",
+    "timeline.js",
+    "player.js",
+    "page.js",
+    "token_view.js",
+)
 
 
 def token_view(feeds: Feeds, recordings: Sequence[dict[str, Any]] = ()) -> gr.HTML:
