@@ -30,8 +30,9 @@ from spec_decode.ui import Engine, TokenView
 from spec_decode.ui.view import shown
 
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "token_view.md").read_text("utf-8"), re.M | re.S)
-IDS = "[...document.querySelectorAll('[id]')].map(node => node.id)"
-LABELS = """() => [...document.querySelectorAll(".sd-race :is([aria-labelledby], [aria-describedby])")].every((node) => {
+IDS = "[...document.querySelectorAll('[id]')].map(node => node.id).filter(Boolean)"
+LABELS = """() => [
+  ...document.querySelectorAll(".sd-race :is([aria-labelledby], [aria-describedby])")].every((node) => {
   const named = document.getElementById(node.getAttribute("aria-labelledby") || node.getAttribute("aria-describedby"));
   return named ? named.closest(".sd-race") === node.closest(".sd-race") : node.hidden;
 })"""
@@ -181,7 +182,7 @@ def test_a_value_is_a_trace_in_any_form_or_a_batch() -> None:
     [
         ({"version": 3}, "not a Spec Decode trace of version 1 or 2"),
         ("{", "it is not JSON"),
-        ("<script>alert(1)</script>", "Expecting value"),
+        ("<script>alert(1)</script>", "it is not JSON"),
         (b"bytes", "not JSON serializable"),
         (12, "not a Spec Decode trace"),
         ([], "not a Spec Decode trace"),
@@ -195,9 +196,3 @@ def test_what_is_no_trace_is_refused_in_one_sentence(value: Any, words: str) -> 
         shown(value)
     said = str(error.value.message)
     assert words in said and said.startswith("This cannot be shown: ") and said.endswith(".") and len(said) < 300
-
-
-def test_the_component_loads_no_torch() -> None:
-    code = "import sys; from spec_decode.ui import TokenView; print('torch' in sys.modules)"
-    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
-    assert told.stdout.strip() == "False"

@@ -66,15 +66,21 @@ def shown(value: Any) -> str:
     """
     if value is None or value == "":
         return idle()
+    if isinstance(value, str) and _is_batch(value):
+        return value
     try:
-        if isinstance(value, str):
-            data = json.loads(value)
-            if isinstance(data, dict) and {"run", "from", "rounds"} <= data.keys():
-                return value
         trace = value if isinstance(value, Trace) else Trace.from_json(_text(value))
         return still(trace, Feed())
     except (UserError, ValueError, TypeError, RecursionError) as error:
         raise gr.Error(f"This cannot be shown: {error}.".replace("..", "."), print_exception=False) from error
+
+
+def _is_batch(text: str) -> bool:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and {"run", "from", "rounds"} <= data.keys()
 
 
 def _text(value: Any) -> str:
