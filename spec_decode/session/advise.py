@@ -26,6 +26,7 @@ from ..request import Request
 from ..settings import Settings
 from ..sources import Race, Recording, Source
 from .device import Engine
+from .summary import names
 
 T = TypeVar("T")
 
@@ -100,7 +101,7 @@ class Answer:
             "sentences": [sentence.to_dict() for sentence in said.sentences],
             "measured": [_baseline(found), *(_measured(n, found) for n in DRAFT_LENGTHS if _of(n, found))],
             "identical": all(judged) if judged else None,
-            "pair": self.pair,
+            "pair": names(self.pair),
             "settings": {**self.question.settings.to_dict(), "draft_length": None},
             "prompts": len(self.question.prompts),
             "repeats": self.question.repeats,

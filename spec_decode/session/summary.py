@@ -34,7 +34,7 @@ def summary(trace: Trace, detail: Detail = "summary") -> dict[str, Any]:
     shown = told[: ROUNDS[detail]]
     return {
         "status": "done",
-        "pair": trace.pair,
+        "pair": names(trace.pair),
         "machine": trace.machine.get("gpu") or trace.machine.get("processor"),
         "settings": trace.settings,
         "prompt_tokens": trace.prompt_tokens,
@@ -57,6 +57,11 @@ def summary(trace: Trace, detail: Detail = "summary") -> dict[str, Any]:
         "rounds_left_out": len(told) - len(shown),
         "notes": [note[:500] for note in trace.notes[:8]],
     }
+
+
+def names(pair: dict[str, Any]) -> dict[str, Any]:
+    """Of a pair its names alone, without revisions and sums of weights."""
+    return {key: pair[key] for key in ("target", "drafter", "device", "dtype") if key in pair}
 
 
 def _lane(trace: Trace, lane: str, stats: dict[str, Any], detail: Detail) -> dict[str, Any]:
