@@ -19,7 +19,7 @@ from spec_decode import flags, text
 from spec_decode.errors import UserError
 from spec_decode.loading import catalog
 from spec_decode.sources import Source, replay
-from spec_decode.ui import Engine, Limits, build, launch_options
+from spec_decode.ui import Engine, Limits, agents, build, launch_options
 
 # What a visitor may take where strangers may come, unless the flags say otherwise.
 PUBLIC = Limits(new_tokens=1024, seconds=120, lab=False)
@@ -62,8 +62,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--lab",
         action=argparse.BooleanOptionalAction,
-        help="the exactness lab, whose tests take the device for up to minutes (default: on, but off where other "
-        "machines can reach the page)",
+        help="the exactness lab, whose tests take the device for up to minutes, and the endpoints /prove and /advise "
+        "(default: on, but off where other machines can reach the page)",
+    )
+    parser.add_argument(
+        "--mcp",
+        action="store_true",
+        default=os.environ.get("GRADIO_MCP_SERVER", "").lower() == "true",
+        help="offer race, advise and prove as tools for agents (MCP), at gradio_api/mcp/; needs the package mcp",
     )
     arguments = parser.parse_args(argv)
     arguments.limits = limits(arguments)
@@ -87,6 +93,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 1
 
+    if arguments.mcp and (why := agents.unavailable()):
+        print(f"app.py: {why}.", file=sys.stderr)
+        return 1
+
     def load(progress: Callable[[str], None]) -> Source:
         return arguments.recording or _local(arguments, progress)
 
@@ -99,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             server_port=arguments.port,
             share=arguments.share or None,
             prevent_thread_lock=True,
+            mcp_server=arguments.mcp,
             **launch_options(),
         )
     except OSError as error:
@@ -106,6 +117,10 @@ def main(argv: list[str] | None = None) -> int:
         port = arguments.port or os.environ.get("GRADIO_SERVER_PORT", "7860 to 7959")
         why = f"port {port} is taken; choose another with --port" if taken else str(error)
         print(f"app.py: cannot serve on {arguments.host}: {why}.", file=sys.stderr)
+        return 1
+    if page.mcp_error:
+        print(f"app.py: cannot serve tools for agents: {page.mcp_error}", file=sys.stderr)
+        page.close()
         return 1
     print(f"Spec Decode is at {url}", flush=True)
     engine.start()

@@ -92,7 +92,8 @@ SpecDecode.card = (view) => {
   }
   const anchorOf = (node) => {
     const found = node.closest ? node.closest(".sd-term, .sd-text .t") : null;
-    return found && (found.about || terms[found.textContent]) ? found : null;
+    if (!found || (found.about ? !root.contains(found) : !view.explains(found))) return null; // another view's
+    return found.about || terms[found.textContent] ? found : null;
   };
   function press(anchor) {
     if (anchor && anchor.about) {
@@ -153,7 +154,7 @@ SpecDecode.card = (view) => {
     if (before) before.removeAttribute("id");
     lane.cursor = place;
     const span = lane.spans[place];
-    span.id = "sd-cursor-" + lane.name;
+    span.id = view.id("sd-cursor-" + lane.name);
     lane.box.setAttribute("aria-activedescendant", span.id);
     return span;
   }

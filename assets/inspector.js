@@ -4,7 +4,7 @@
 SpecDecode.inspector = (view) => {
   const { root } = view, { make, button, digits, ms } = SpecDecode;
   const stage = root.querySelector(".sd-stage"), home = root.querySelector(".sd-inspector");
-  const wide = matchMedia("(min-width: 1181px)");
+  const page = matchMedia("(min-width: 1181px)"), wide = { get matches() { return page.matches && !root.matches(".sd-tight"); } };
   let shown = null; // {lane, at, round, columns, place}
   const data = (value, count) => {
     const node = make("data", "", digits(value, count));
@@ -56,7 +56,7 @@ SpecDecode.inspector = (view) => {
 
   const heading = make("h2", "sd-i-title");
   heading.tabIndex = -1;
-  heading.id = "sd-i-title";
+  heading.id = view.id("sd-i-title");
   const body = make("div", "sd-i-body");
   const back = button("", "Previous round", () => step(-1), "◀"), on = button("", "Next round", () => step(1), "▶");
   const slow = button("sd-i-slow", "", () => (running ? stop() : replay()), "Replay slowly");

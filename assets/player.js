@@ -127,5 +127,5 @@ SpecDecode.player = (view, recordings) => {
     if ("DecompressionStream" in window) play(recordings[0].name, SpecDecode.still());
     else bar.hidden = true;
   }
-  return player;
+  return { play, leave, begin, get active() { return playing !== null; } };
 };

@@ -1,14 +1,14 @@
-// The race on a page of Gradio: batches become rounds of the view, and what the page around it needs.
+// The race on a page of Gradio: batches become rounds of the view.
 // In: props.value, a JSON batch {run, phase, from, rounds, stats, about} (see spec_decode/session/feed.py). Rounds already
-// seen are skipped; a gap is filled by asking the server. props.recordings play until a race begins.
+// seen are skipped; a gap is filled by asking the server. props.recordings play until a race begins. On the page of this
+// app `page.js` adds what that page needs, on any other `guest.js` brings the style sheet, props.sheet.
 const root = element.querySelector(".sd-race");
-const listen = SpecDecode.listener(root);
 const view = SpecDecode.view(root, props.terms);
 SpecDecode.card(view);
 SpecDecode.inspector(view);
 SpecDecode.timeline(view);
 const player = SpecDecode.player(view, props.recordings || []);
-SpecDecode.tour(view, player, props.steps || []);
+if (SpecDecode.tour) SpecDecode.tour(view, player, props.steps || []);
 let run = "", dismissed = "", have = 0, queue = [], scheduled = false, asking = false, again = false;
 
 function reset(batch) {
@@ -67,7 +67,7 @@ function flush() {
     take(batch);
     if (batch.about) view.race.about = batch.about;
     if (batch.costs) view.race.costs = batch.costs;
-    if (batch.phase) show(batch);
+    if (batch.phase) view.show(batch);
     if (batch.figures || !batch.run) {
       document.dispatchEvent(new CustomEvent("sd-figures", { detail: batch.figures || null }));
     }
@@ -77,107 +77,15 @@ function flush() {
   root.flushes = (root.flushes || 0) + 1;
 }
 
-function show(batch) {
-  view.show(batch);
-  // Until the next status line comes, this one must not say again that the visitor waits.
-  if (batch.phase === "done" || batch.phase === "failed") document.querySelector("#sd-status p")?.classList.add("sd-over");
+// Empties the view; Clear sends the empty batch, which is no change of the value where no race has been.
+function clear() {
+  reset({ run: "" });
+  queue.push(JSON.stringify({ run: "", from: 0, phase: "idle", stats: {}, rounds: [] }));
+  flush();
 }
 
-// Clear sends the empty batch, which is no change of the value where no race has been.
-listen("click", (event) => {
-  if (!player.active || !event.target.closest?.("#sd-clear")) return;
-  reset({ run: "" });
-  flushed(JSON.stringify({ run: "", from: 0, phase: "idle", stats: {}, rounds: [] }));
-});
-const flushed = (text) => { queue.push(text); flush(); };
-
-// Ctrl+Enter runs, Esc stops: whichever of the buttons is there and enabled.
-const press = (...ids) => {
-  for (const id of ids) {
-    const node = document.getElementById(id);
-    const button = node && (node.matches("button") ? node : node.querySelector("button"));
-    if (button && !button.disabled && button.offsetParent) return button.click();
-  }
-};
-listen("keydown", (event) => {
-  const list = event.target.closest && event.target.closest('[role="combobox"][aria-expanded="true"]');
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); press("sd-run"); }
-  taken = event.key === "Enter" && Boolean(list);
-  if (event.key !== "Escape" || list) return;
-  if (!view.card.dismiss()) press("sd-stop", "sd-leave"); // what is open is closed before a race is stopped
-});
-// Gradio opens the list of a drop-down when it gets the focus and by nothing else, leaves it open when the focus goes on
-// by Tab, and drops the focus when an option is taken.
-const opens = { pointerdown: () => true, keydown: (event) => /^Arrow(Down|Up)$/.test(event.key) };
-for (const [name, does] of Object.entries(opens)) listen(name, (event) => {
-  const box = event.target;
-  if (box !== document.activeElement || !box.matches('[role="combobox"][aria-expanded="false"]') || !does(event)) return;
-  box.dispatchEvent(new FocusEvent("focus"));
-});
-let taken = false;
-listen("pointerdown", (event) => { taken = event.pointerType === "mouse" && Boolean(event.target.closest('[role="option"]')); });
-listen("focusout", (event) => {
-  const box = event.target;
-  if (box.matches('[role="combobox"]')) setTimeout(() => {
-    if (taken && document.activeElement === document.body) {
-      box.focus({ preventScroll: true });
-      box.dispatchEvent(new FocusEvent("blur")); // the focus would open it again
-    } else if (box !== document.activeElement && box.getAttribute("aria-expanded") === "true") {
-      box.dispatchEvent(new FocusEvent("blur"));
-    }
-    taken = false;
-  }, 50);
-});
-
-// Focus does not fall to the body: where the element that had it was hidden, disabled or removed, it goes to whatever
-// took its place, at worst to the status line, or to the view of the other tab.
-const visible = (node) => node && node.isConnected && !node.disabled && node.getClientRects().length;
-const rests = ["sd-status", "sd-lab-view"];
-let last = null, fallen = false;
-listen("focusin", (event) => {
-  last = event.target;
-  fallen = fallen && rests.includes(last.id);
-});
-const keep = () => {
-  const now = document.activeElement;
-  const lost = last && (now === document.body || now === last) && !visible(last);
-  if (!lost && !(fallen && rests.includes(now.id))) return;
-  const next = ["sd-stop", "sd-leave", "sd-run", "sd-lab-stop", "sd-lab-run"].map((id) => document.getElementById(id)).find(visible);
-  const status = rests.map((id) => document.getElementById(id)).find(visible);
-  if (!next && status) status.tabIndex = -1;
-  fallen = !next;
-  const to = next || status;
-  if (to && to !== now) to.focus({ preventScroll: true });
-};
-listen("focusout", () => setTimeout(keep, 0));
-const page = root.closest(".gradio-container") || document.body;
-new MutationObserver(keep).observe(page, { subtree: true, childList: true, attributeFilter: ["disabled", "hidden", "class", "style"] });
-
-// Gradio writes the place in the queue over the status line, faint and unexplained; here it is said in words.
-const waits = () => {
-  const place = document.querySelector("#sd-status .sd-place"), queue = document.querySelector("#sd-status .progress-text");
-  const found = place && queue && queue.textContent.match(/(\d+)\/(\d+)\s*\|\s*([\d.]+)(?:\/([\d.]+))?/);
-  if (!found) return;
-  const [, rank, size, passed, whole] = found;
-  const left = 5 * Math.ceil((whole - passed) / 5);
-  const text = ", place " + rank + " of " + size + " in the queue" + (left > 0 ? ", result in about " + left + " s" : "");
-  if (place.textContent !== text) place.textContent = text;
-};
-const watchStatus = (tries) => {
-  const status = document.getElementById("sd-status");
-  if (status) new MutationObserver(waits).observe(status, { subtree: true, childList: true, characterData: true });
-  else if (tries) setTimeout(watchStatus, 50, tries - 1);
-};
-watchStatus(100);
-
-// The settings stand open where there is room beside the race; the panel may be mounted after this component.
-const unfold = (tries) => {
-  const panel = document.querySelector("#sd-settings > button");
-  if (!panel) return tries && setTimeout(unfold, 50, tries - 1);
-  if (window.innerWidth > 960 && !panel.classList.contains("open")) panel.click();
-};
-setTimeout(unfold, 0, 100);
-
+if (SpecDecode.page) SpecDecode.page(view, player, clear);
+else SpecDecode.guest(view, props.sheet);
 watch("value", () => receive(props.value));
 player.begin();
 receive(props.value);

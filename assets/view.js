@@ -39,6 +39,19 @@ SpecDecode.listener = (root) => (name, act) => {
   document.addEventListener(name, guarded, true);
 };
 
+// Makes the ids in an element its own where the page has them already, for several views on one page; and a function that
+// makes further ids likewise.
+SpecDecode.unique = (root) => {
+  const named = [...root.querySelectorAll("[id]")];
+  if (named.every((node) => document.getElementById(node.id) === node)) return (id) => id;
+  const id = (name) => name + "-" + tag, tag = Math.random().toString(36).slice(2, 8);
+  for (const node of named) node.id = id(node.id);
+  for (const name of ["aria-labelledby", "aria-describedby"]) {
+    for (const node of root.querySelectorAll("[" + name + "]")) node.setAttribute(name, id(node.getAttribute(name)));
+  }
+  return id;
+};
+
 SpecDecode.view = (root, terms) => {
   const find = (selector) => root.querySelector(selector);
   const make = SpecDecode.make;
@@ -53,6 +66,8 @@ SpecDecode.view = (root, terms) => {
   }));
   const view = { root, lanes, terms, race: new SpecDecode.Race(), spoken: find(".sd-sr"), parts: [] };
   root.view = view; // for whoever has the element
+  view.explains = (node) => root.contains(node); // whether a term that is pressed is this view's to explain
+  view.id = SpecDecode.unique(root);
   const tell = (name, ...values) => { for (const part of view.parts) if (part[name]) part[name](...values); };
   view.lane = (name) => lanes[SpecDecode.LANES.indexOf(name)];
   view.say = (text) => { view.spoken.textContent = text; };
@@ -120,7 +135,7 @@ SpecDecode.view = (root, terms) => {
   view.show = ({ phase, stats, about, reading, notes, recording = "" }) => {
     const was = root.dataset.phase, over = phase === "done" || phase === "failed" || recording === "ended";
     const idle = phase === "idle" && !recording;
-    root.dataset.phase = document.body.dataset.sdPhase = phase;
+    root.dataset.phase = phase;
     if (recording) root.dataset.recording = recording;
     else delete root.dataset.recording;
     about = about || { exact: true, same_text: true, limit: 1, rule: "", why: "", rejected: "probabilities" };
@@ -164,10 +179,7 @@ SpecDecode.view = (root, terms) => {
     tell("shown", phase);
     if (was === phase) return;
     if (recording) return view.say("");
-    if (phase === "running") {
-      view.say("The race has started.");
-      if (window.innerWidth <= 800) root.scrollIntoView({ block: "start", behavior: "smooth" });
-    }
+    if (phase === "running") view.say("The race has started.");
     if (over) view.say("The race is over. Speedup " + fields.speedup.textContent
       + (stats.interval ? ", 95 percent interval " + range(stats.interval).replace("–", " to ") : "")
       + (about.synthetic ? ", " + SpecDecode.SYNTHETIC : verdict ? ", " + SpecDecode.VERDICT[verdict] : "") + ". " + fields.loops.textContent + " Texts " + fields.identical.textContent + ".");

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 import spec_decode
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILT_FROM = ("pyproject.toml", "requirements.txt", "requirements-peers.txt", "LICENSE")
+BUILT_FROM = ("pyproject.toml", "requirements.txt", "requirements-peers.txt", "requirements-mcp.txt", "LICENSE")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 LOOK = """
 import json, spec_decode
@@ -118,7 +118,8 @@ def test_the_wheel_says_what_it_is_and_what_it_needs(wheel: Path) -> None:
     needed = {Requirement(line) for line in told.get_all("Requires-Dist", [])}
     plain = {need for need in needed if "extra" not in str(need.marker)}
     assert plain == set(listed("requirements.txt"))
-    assert {need.name for need in needed - plain} == {need.name for need in listed("requirements-peers.txt")}
+    extras = listed("requirements-peers.txt") + listed("requirements-mcp.txt")
+    assert {need.name for need in needed - plain} == {need.name for need in extras}
 
 
 def listed(name: str) -> list[Requirement]:

@@ -52,7 +52,7 @@ class Status:
 @dataclass(frozen=True)
 class Limits:
     """What one visitor may take of a device that is shared: new tokens a lane, and seconds of a race or a test, where
-    None sets no limit; and whether there is an exactness lab (`lab`)."""
+    None sets no limit; and whether there are exactness tests and measurements for advice (`lab`), which are long."""
 
     new_tokens: int | None = None
     seconds: float | None = None
@@ -102,6 +102,18 @@ class Engine:
         """The state for the page; cheap, callable from any thread."""
         return self._status
 
+    @property
+    def source(self) -> Source:
+        """The source, whose methods run on the engine's thread alone (`submit`).
+
+        Raises:
+            ModelError: it is not loaded.
+        """
+        if self._source is None:
+            absent = self._status.phase == "absent"
+            raise ModelError(ABSENT if absent else f"The model is not ready: {self._status.message}")
+        return self._source
+
     def open(self, visitor: str, request: Request) -> OpenRace:
         """A race ready to advance. `visitor` is the session that may stop it.
 
@@ -110,10 +122,7 @@ class Engine:
                 `limits` allow, or something that the source cannot do.
         """
         self.limits.check(request.settings)
-        source = self._source
-        if source is None:
-            absent = self._status.phase == "absent"
-            raise ModelError(ABSENT if absent else f"The model is not ready: {self._status.message}")
+        source = self.source
         opened = OpenRace(self.submit(lambda: source.race(request)).result(), self.submit)
         self._running[visitor] = opened
         return opened

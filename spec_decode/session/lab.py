@@ -48,27 +48,46 @@ def run(engine: Engine, setup: Setup) -> Iterator[str]:
     Raises:
         SettingsError: more texts than `MOST`, or a server without the lab.
     """
-    if not engine.limits.lab:
-        raise SettingsError("lab", "The exactness lab is switched off on this server.")
-    if setup.seeds > MOST:
-        raise SettingsError("seeds", f"A test here has at most {MOST:,} texts.")
     try:
-        test = engine.submit(lambda: _open(setup)).result()
-        steps = test.run()
-        limit = engine.limits.seconds
-        began = time.perf_counter()
-        done = False
-        yield _view(test, False)
-        while not done:
-            done = engine.submit(lambda: _advance(steps)).result()
-            over = not done and limit is not None and time.perf_counter() - began > limit
-            yield _view(test, done or over)
-            done = done or over
+        for test, done in steps(engine, setup):
+            yield _view(test, done)
     except UserError:
         raise
     except Exception as error:  # the page must outlive whatever a library throws
         traceback.print_exc(file=sys.stderr)
         yield dumps({"phase": "failed", "words": f"The test broke off ({type(error).__name__}: {error})."})
+
+
+def steps(engine: Engine, setup: Setup) -> Iterator[tuple[Experiment, bool]]:
+    """The test, a few times a second, with True at its end. Closing the iterator ends it.
+
+    Raises:
+        SettingsError: more texts than `MOST`, or a server without the lab.
+    """
+    if not engine.limits.lab:
+        raise SettingsError("lab", "The exactness lab is switched off on this server.")
+    if setup.seeds > MOST:
+        raise SettingsError("seeds", f"A test here has at most {MOST:,} texts.")
+    test = engine.submit(lambda: _open(setup)).result()
+    texts = test.run()
+    limit = engine.limits.seconds
+    began = time.perf_counter()
+    done = False
+    yield test, False
+    while not done:
+        done = engine.submit(lambda: _advance(texts)).result()
+        done = done or (limit is not None and time.perf_counter() - began > limit)
+        yield test, done
+
+
+def proved(test: Experiment) -> dict[str, Any]:
+    """The result of a test that has ended, as `Result.to_dict` has it, without its cells; "words" is the verdict in a
+    sentence or two, "level" the p-value at which a rule is refuted."""
+    from ..prove.experiment import words
+
+    result = test.result(TEST_LEVEL)
+    data = {key: value for key, value in result.to_dict().items() if key not in ("cells", "adjusted_p_value")}
+    return {"status": "done", **data, "level": TEST_LEVEL, "words": words(result)}
 
 
 def _open(setup: Setup) -> Experiment:

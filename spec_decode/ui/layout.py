@@ -17,7 +17,7 @@ from ..paths import ASSETS
 from ..session.device import Engine
 from ..session.feed import Feeds
 from ..session.recordings import shipped
-from .api import race_endpoint
+from .api import endpoints
 from .components import asset, figures, token_view
 from .controls import settings_panel
 from .head import TITLE, Head, routes
@@ -113,7 +113,8 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
             blocks,
         )
         wire_tour(engine, blocks, prompt, panel, (tabs, broken) if isinstance(tabs, gr.Tabs) else None)
-        api(race_endpoint(engine), api_name="race", concurrency_id=DEVICE, concurrency_limit=1)
+        for name, endpoint in endpoints(engine).items():
+            api(endpoint, api_name=name, concurrency_id=DEVICE, concurrency_limit=1)
     blocks.queue(max_size=max_queue, api_open=False)
     # Gradio looks for new events a thousand times a second, in the process that decodes; fifty times is soon enough.
     blocks._queue.sleep_when_free = 0.02

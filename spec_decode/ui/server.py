@@ -27,6 +27,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..session.device import Engine
+from .agents import answer_in_json
 
 BODY = 4_000_000  # bytes of a request, far more than the longest prompt of any model
 UPLOADS = ("/upload", "/process_recording")
@@ -98,6 +99,7 @@ class Guard:
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
         """Sweeps while the server runs."""
+        answer_in_json(self._queue.blocks)
         sweeper = asyncio.create_task(self._sweep())
         try:
             yield
