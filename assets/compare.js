@@ -50,7 +50,7 @@ SpecDecode.compare = (recorded, here) => {
 };
 
 SpecDecode.compared = (rows) => {
-  const { make } = SpecDecode, MARK = { true: "=", false: "≠", null: "" }, SAID = { true: "the same", false: "different", null: "measured" };
+  const { make } = SpecDecode, MARK = { true: "=", false: "≠", null: "" }, SAID = { true: "the same", false: "different", null: "not compared" };
   const head = (text, scope) => {
     const cell = make("th", "", text);
     cell.scope = scope;

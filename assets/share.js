@@ -8,7 +8,10 @@ document.documentElement.classList.toggle("sd-embed", embedded);
 
 const says = make("p", "sd-share-says");
 says.setAttribute("role", "status");
-const tell = (text) => { says.textContent = text; };
+const tell = (text) => {
+  says.textContent = text;
+  shown.hidden = true;
+};
 const press = (id) => document.getElementById(id).click();
 const stem = () => "spec-decode-" + (view.race.trace.date || "race").slice(0, 10);
 
@@ -18,16 +21,12 @@ shown.readOnly = true;
 shown.hidden = true;
 shown.addEventListener("focus", () => shown.select());
 async function copy(text, what) {
+  const copied = await navigator.clipboard?.writeText(text).then(() => true, () => false);
+  tell(copied ? what + " copied: " + text.length.toLocaleString("en") + " characters." : "The clipboard is closed to this page; copy the text below.");
   shown.value = text;
   shown.hidden = false;
   shown.setAttribute("aria-label", what);
-  try {
-    await navigator.clipboard.writeText(text);
-    tell(what + " copied: " + text.length.toLocaleString("en") + " characters.");
-  } catch {
-    tell("The clipboard is closed to this page; copy the text below.");
-    shown.focus();
-  }
+  if (!copied) shown.focus();
 }
 const attempt = (act) => async () => {
   try { await act(); } catch (error) {
@@ -50,7 +49,7 @@ async function address(live) {
 const link = attempt(async () => {
   const { text, left } = await address(false);
   await copy(text, "Link");
-  if (left) tell(says.textContent + " The system prompt is left out; “Keep the system prompt in the trace” puts it in.");
+  if (left) says.append(" The system prompt is left out; “Keep the system prompt in the trace” puts it in.");
 });
 const IFRAME = (src, more) => '<iframe src="' + src.replaceAll("&", "&amp;") + '" title="Spec Decode: a race with and without a drafter" width="100%" height="' + more + " style=\"border:0\"></iframe>";
 const live = attempt(async () => copy(IFRAME((await address(true)).text, '820"'), "Snippet"));
@@ -164,11 +163,11 @@ view.parts.push({
 });
 
 // A link that was opened: the form is filled by the server's own checks, and `&run=1` asks before it runs.
-const note = document.querySelector(".sd-ask");
 document.addEventListener("sd-filled", (event) => {
   if (event.detail || !/[#&]race=/.test(location.hash) || home.dataset.fill) return;
   tell("The form was filled from the link.");
-  if (!/&run=1(&|$)/.test(location.hash) || !note) return;
+  if (!/&run=1(&|$)/.test(location.hash)) return;
+  const note = document.querySelector(".sd-ask");
   const close = () => note.replaceChildren();
   const yes = button("sd-ask-yes", "", () => { close(); press("sd-run"); }, "Run it");
   const wait = () => {
@@ -185,8 +184,8 @@ const opened = () => {
 };
 addEventListener("hashchange", () => (home.isConnected ? opened() : null));
 const status = (tries) => {
-  const found = document.getElementById("sd-status");
-  if (!found) return tries && setTimeout(status, 100, tries - 1);
+  const found = document.getElementById("sd-status"); // these are mounted in any order
+  if (!found || !document.getElementById("sd-fill") || !document.querySelector(".sd-ask")) return tries && setTimeout(status, 100, tries - 1);
   new MutationObserver(offer).observe(found, { subtree: true, childList: true, attributeFilter: ["data-state"] });
   opened();
 };
@@ -195,5 +194,10 @@ if (embedded) {
   const whole = make("a", "sd-whole", "Open in Spec Decode");
   whole.href = page.pathname + location.hash;
   whole.target = "_blank";
+  if (/[#&]race=/.test(location.hash)) { // no recording where a race is asked for
+    player.leave();
+    view.reset();
+    view.show({ phase: "idle", stats: {} });
+  }
   view.root.append(whole);
 }

@@ -98,7 +98,7 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
         wire(
             engine,
             feeds,
-            Page(
+            page := Page(
                 prompt=prompt,
                 panel=panel,
                 go=go,
@@ -117,7 +117,7 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
             ),
             blocks,
         )
-        connect(engine, share, prompt, note, panel)
+        connect(engine, share, page)
         api(race_endpoint(engine), api_name="race", concurrency_id=DEVICE, concurrency_limit=1)
     blocks.queue(max_size=max_queue, api_open=False)
     # Gradio looks for new events a thousand times a second, in the process that decodes; fifty times is soon enough.

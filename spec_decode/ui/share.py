@@ -7,7 +7,6 @@ In: an engine and the components of the page. Out: components, events and a rout
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +15,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import HTMLResponse
 from starlette.routing import Route
 
-from ..request import Request
-from ..rules import RULES, default
+from ..errors import quoted
 from ..session.device import Engine
 from ..share import link, saved
 from .components import asset
-from .controls import Panel
-from .form import CONTROLS
+from .form import CONTROLS, drafter_help
+from .linked import form_values
+from .wiring import Page, note_html, status_html
 
 SCRIPTS = ("about.js", "reading.js", "image.js", "link.js", "compare.js", "share.js")
-ADDRESS = "() => [location.hash.slice(0, 20000)]"  # of the page, or what the script of this row wants to be filled in
+# What is to be put into the form: what the script of this row says, else the link in the page's address.
 WANTED = "() => [document.querySelector('.sd-share')?.dataset.fill || location.hash.slice(0, 20000)]"
 FORM = """(...values) => {{
   const detail = Object.fromEntries({names}.map((name, i) => [name, values[i]]));
@@ -71,17 +70,9 @@ begin(200);""",
         return Share(address, said, gr.Button(elem_id="sd-fill"), gr.Button(elem_id="sd-form"))
 
 
-def wanted(fragment: object, offered: Sequence[str]) -> str | None:
-    """The drafter that the link in a page's address names, where it is offered."""
-    try:
-        request = link.read(fragment) if isinstance(fragment, str) else None
-    except link.LinkError:
-        return None
-    return request.drafter if request and request.drafter in offered else None
-
-
-def connect(engine: Engine, share: Share, prompt: gr.Textbox, note: gr.HTML, panel: Panel) -> None:
+def connect(engine: Engine, share: Share, page: Page) -> None:
     """The events of the row."""
+    prompt, panel, note = page.prompt, page.panel, page.note
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 
     def fill(text: str) -> dict[Any, Any]:
@@ -94,7 +85,7 @@ def connect(engine: Engine, share: Share, prompt: gr.Textbox, note: gr.HTML, pan
             if engine.status().recording:
                 raise link.LinkError("This page plays a recording; the link asks for a race, which needs a model.")
         except link.LinkError as error:
-            return {share.said: str(error), note: _said(str(error))}
+            return {share.said: str(error), note: note_html(str(error))}
         now, values = engine.status(), form_values(request)
         out = {panel.controls[name]: gr.update(value=values[name]) for name in CONTROLS if name in values}
         out |= {prompt: gr.update(value=request.prompt), share.said: ""}
@@ -105,12 +96,14 @@ def connect(engine: Engine, share: Share, prompt: gr.Textbox, note: gr.HTML, pan
             out[panel.thinking] = gr.update(value=request.thinking)
         missing = ""
         if now.phase == "ready":
-            known = request.drafter is None or request.drafter in now.drafters
-            out[panel.drafter] = gr.update(value=request.drafter if known and request.drafter else now.drafters[0])
-            missing = "" if known else f"This server does not offer the drafter {request.drafter[:80]!r}; its own drafts."  # type: ignore[index]
+            own = request.drafter if request.drafter in now.drafters else now.drafters[0]
+            out[panel.drafter] = gr.update(value=own, info=drafter_help(own))
+            out[page.status] = status_html(now, drafter=own)
+            if request.drafter not in (None, own):
+                missing = f"This server does not offer the drafter {quoted(request.drafter)}; its own drafts."
         elif now.phase == "absent":
             missing = "This server has no model, so the race of this link cannot run here."
-        out[note] = _said(missing) if missing else gr.update(visible=False)
+        out[note] = note_html(missing) if missing else gr.update(visible=False)
         return out
 
     form = {
@@ -122,32 +115,16 @@ def connect(engine: Engine, share: Share, prompt: gr.Textbox, note: gr.HTML, pan
         **panel.controls,
     }
     share.form.click(None, list(form.values()), None, js=FORM.format(names=list(form)), **quiet)
-    filled = [*form.values(), note, share.said]
+    filled = [*form.values(), note, share.said, page.status]
     share.fill.click(fill, share.link, filled, js=WANTED, **quiet).then(None, share.said, None, js=FILLED, **quiet)
-
-
-def form_values(request: Request) -> dict[str, Any]:
-    """The values of the controls for this request, by their names."""
-    settings = request.settings
-    values = {name: getattr(settings, name) for name in CONTROLS if name not in ("policy", "draft_length", "rule")}
-    values["rule"] = "auto" if settings.rule == default(settings.temperature).name else settings.rule
-    if not RULES[str(settings.rule)].lenient:
-        del values["lenience"]
-    if isinstance(settings.draft_length, int):
-        return values | {"policy": "fixed", "draft_length": settings.draft_length}
-    return values | {"policy": settings.draft_length}
 
 
 def routes() -> list[Route]:
     """The file that a saved replay is made of. By itself it shows what is dropped on it, and asks no server."""
 
     async def send(_: HttpRequest) -> HTMLResponse:
-        return HTMLResponse(saved.shell(), headers={"cache-control": "max-age=600", "x-content-type-options": "nosniff"})
+        return HTMLResponse(
+            saved.shell(), headers={"cache-control": "max-age=600", "x-content-type-options": "nosniff"}
+        )
 
     return [Route("/replay.html", send)]
-
-
-def _said(message: str) -> Any:
-    from .wiring import note_html
-
-    return note_html(message)

@@ -29,7 +29,7 @@ from ..session.feed import Feeds, idle
 from ..session.stream import run
 from .controls import Panel, help_updates
 from .form import CONTROLS, drafter_help, problem, settings_from_form
-from .share import ADDRESS, wanted
+from .linked import ADDRESS, wanted
 from .terms import marked
 
 DEVICE = "device"  # concurrency id: one race at a time
@@ -79,9 +79,10 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         if now.phase == "absent":
             out[page.prompt] = gr.update(interactive=False, placeholder="There is no model here to ask.")
         if now.phase == "ready":
-            own = wanted(fragment, now.drafters) or now.drafters[0]
+            own, thinking = wanted(fragment, now.drafters, bool(now.thinking))
+            out[page.status] = status_html(now, drafter=own)
             out[panel.drafter] = gr.update(choices=list(now.drafters), value=own, info=drafter_help(own))
-            out[panel.thinking] = gr.update(visible=now.thinking is not None, value=bool(now.thinking))
+            out[panel.thinking] = gr.update(visible=now.thinking is not None, value=thinking)
             if now.recording:
                 out[page.prompt] = gr.update(value=now.recording.request.prompt, interactive=False)
         return out
