@@ -7,7 +7,7 @@ SpecDecode.image = (stats, trace, tables) => {
     return all.length <= length ? text : all.slice(0, length - 1).join("").trimEnd() + "…";
   };
   const VERDICTS = {
-    faster: "faster than without a drafter, same model, same prompt", slower: "slower than without a drafter, same model, same prompt",
+    faster: "faster than the same model without a drafter", slower: "slower than the same model without a drafter",
     "no difference": "no measurable difference: the interval holds 1×", "nothing drafted": "nothing was drafted: both lanes took plain steps",
   };
   const deciding = synthetic ? rule : settings.temperature === 0 && rule.exact ? tables.rules.greedy : rule;

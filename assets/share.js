@@ -5,6 +5,7 @@
 const { make, button } = SpecDecode, { tables } = props, { player } = view;
 const home = element.querySelector(".sd-share"), page = new URL(location.href), embedded = page.searchParams.get("embed") === "1";
 document.documentElement.classList.toggle("sd-embed", embedded);
+home.tables = tables; // for whoever has the element
 
 const says = make("p", "sd-share-says");
 says.setAttribute("role", "status");

@@ -16,8 +16,8 @@ from ..session.tally import Tally
 from ..settings import Settings
 
 VERDICTS = {
-    "faster": "faster than without a drafter, same model, same prompt",
-    "slower": "slower than without a drafter, same model, same prompt",
+    "faster": "faster than the same model without a drafter",
+    "slower": "slower than the same model without a drafter",
     "no difference": "no measurable difference: the interval holds 1×",
     "nothing drafted": "nothing was drafted: both lanes took plain steps",
 }
