@@ -64,7 +64,7 @@ SpecDecode.MOST = 60000; // tokens that a page shows
       seed: [whole(0, 2 ** 53 - 1), usual.seed], synthetic_acceptance: [maybe(probability), null],
     }), NEEDED],
     system: [maybe(text), null], drafter: [maybe(text), null], truncate: [truth, false], thinking: [truth, false],
-    prefix: [(x) => maybe(text)(x) || all(count)(x), null], draft: [all((x) => text(x) || count(x)), []], history: [all(row(text, text)), []],
+    prefix: [(x) => maybe(text)(x) || all(count)(x), null], draft: [all((x) => text(x) || count(x)), []], history: [all(row(text, text)), undefined],
   });
   const date = (x) => text(x) && /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$/.test(x);
   const trace = (usual) => object("trace", {

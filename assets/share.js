@@ -69,10 +69,12 @@ async function folded(race) {
 }
 const save = attempt(async () => {
   const answer = await fetch("replay.html"), shell = answer.ok ? await answer.text() : "", open = '<script type="application/json" id="sd-replay">';
-  if (!shell.includes(open)) throw new SpecDecode.Refused("The server did not send the empty file that a replay is made of; try again.");
-  const [before, after] = shell.split(open, 2), short = Array.from(view.race.trace.request.prompt.trim().replace(/\s+/g, " "));
+  const place = shell.indexOf(open) + open.length; // the first one: the script of the file names it too
+  if (place < open.length) throw new SpecDecode.Refused("The server did not send the empty file that a replay is made of; try again.");
+  const short = Array.from(view.race.trace.request.prompt.trim().replace(/\s+/g, " "));
   const title = make("b", "", short.length > 60 ? short.slice(0, 59).join("").trimEnd() + "…" : short.join("")).innerHTML; // a text, escaped
-  const text = before.replace(/<title>.*?<\/title>/, () => "<title>" + title + " · Spec Decode replay</title>") + open + await folded(view.race) + after;
+  const head = shell.slice(0, place).replace(/<title>.*?<\/title>/, () => "<title>" + title + " · Spec Decode replay</title>");
+  const text = head + await folded(view.race) + shell.slice(place);
   SpecDecode.hand(stem() + ".html", new Blob([text], { type: "text/html" }));
   const system = view.race.trace.request.system ? " It holds the system prompt, as chosen." : "";
   tell("Saved: one file of " + Math.round(new Blob([text]).size / 1000) + " kB that opens without a network." + system);

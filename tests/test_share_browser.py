@@ -139,6 +139,7 @@ def test_a_race_is_shared_opened_and_run_again(browser: Any, fake_app: Any, tmp_
     file = tmp_path / "saved.html"
     held.value.save_as(file)
     assert read(file) == trace and "a secret" not in file.read_text(encoding="utf-8")
+    assert file.read_text(encoding="utf-8").split(saved.CLOSE)[-2:] == saved.page(trace).split(saved.CLOSE)[-2:]
     with page.expect_download() as held:
         page.click('.sd-share >> text="PNG"')
     assert Path(held.value.path()).read_bytes()[1:4] == b"PNG"
