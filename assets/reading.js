@@ -32,7 +32,7 @@ SpecDecode.MOST = 60000; // tokens that a page shows
     for (const [name, [fits, otherwise]] of Object.entries(fields)) {
       if (!Object.hasOwn(x, name)) {
         if (otherwise === NEEDED) refuse("This is not a Spec Decode trace: there is no “" + name + "” in a " + what + ".");
-        x[name] = otherwise;
+        if (otherwise !== undefined) x[name] = otherwise;
       } else if (!fits(x[name])) refuse("This is not a Spec Decode trace: the " + name + " of a " + what + " cannot be used.");
     }
     return true;
@@ -64,7 +64,7 @@ SpecDecode.MOST = 60000; // tokens that a page shows
       seed: [whole(0, 2 ** 53 - 1), usual.seed], synthetic_acceptance: [maybe(probability), null],
     }), NEEDED],
     system: [maybe(text), null], drafter: [maybe(text), null], truncate: [truth, false], thinking: [truth, false],
-    prefix: [(x) => maybe(text)(x) || all(count)(x), null], draft: [all((x) => text(x) || count(x)), []], history: [all(row(text, text)), undefined],
+    prefix: [(x) => maybe(text)(x) || all((part) => text(part) || count(part))(x), null], draft: [all((x) => text(x) || count(x)), []], history: [all(row(text, text)), undefined],
   });
   const date = (x) => text(x) && /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$/.test(x);
   const trace = (usual) => object("trace", {
@@ -152,7 +152,8 @@ SpecDecode.MOST = 60000; // tokens that a page shows
   };
 
   SpecDecode.recording = (data, tables, stats = null, drawn = null) => ({
-    name: "opened", title: "opened file", data, about: SpecDecode.about(data, tables), recorded: SpecDecode.recorded(data),
+    name: "opened", title: "opened file", data, recorded: SpecDecode.recorded(data),
+    about: { ...SpecDecode.about(data, tables), recorded: SpecDecode.recorded(data) },
     stats: SpecDecode.stats(data, stats || {}), figures: drawn || SpecDecode.series(data),
   });
 

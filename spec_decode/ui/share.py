@@ -97,7 +97,7 @@ def connect(engine: Engine, share: Share, page: Page) -> None:
         missing = ""
         if now.phase == "ready":
             own = request.drafter if request.drafter in now.drafters else now.drafters[0]
-            out[panel.drafter] = gr.update(value=own, info=drafter_help(own))
+            out[panel.drafter] = gr.update(choices=list(now.drafters), value=own, info=drafter_help(own))
             out[page.status] = status_html(now, drafter=own)
             if request.drafter not in (None, own):
                 missing = f"This server does not offer the drafter {quoted(request.drafter)}; its own drafts."
