@@ -43,7 +43,9 @@ const form = () => new Promise((done) => {
 const ask = make("input", "");
 ask.type = "checkbox";
 async function address(live) {
-  const values = await form(), fragment = await SpecDecode.linkOf(values, tables, ask.checked);
+  const asked = await form(), { whole } = view.race;
+  const values = asked.prompt || !whole ? asked : SpecDecode.formOf(whole.request) || asked; // that of a recording, where nothing is asked
+  const fragment = await SpecDecode.linkOf(values, tables, ask.checked);
   const left = values.system && !values.keep_system;
   return { text: page.origin + page.pathname + (live ? "?embed=1" : "") + "#" + fragment, left };
 }

@@ -15,10 +15,7 @@ from typing import Any
 from .. import flags
 from ..errors import UserError
 from ..events import Trace
-from ..metrics import race_report
 from ..request import Request
-from ..sources.replay import ReplaySource, read
-from . import compare, image, link, saved
 
 
 def add_command(commands: Any, tell: Callable[[dict[str, Any]], str], progress: Callable[[str], None]) -> None:
@@ -46,6 +43,10 @@ def run(arguments: argparse.Namespace, tell: Callable[[dict[str, Any]], str], pr
     Raises:
         UserError: the file is no trace, or cannot be written, or its race cannot be run here.
     """
+    from ..metrics import race_report
+    from ..sources.replay import ReplaySource, read
+    from . import compare, image, link, saved
+
     trace = read(arguments.file)
     source = ReplaySource(trace)
     shared = trace.exported(system=arguments.keep_system)
