@@ -110,7 +110,7 @@ SpecDecode.MOST = 60000; // tokens that a page shows
       size += part.value.length;
       if (size > SpecDecode.UNPACKED) {
         reader.cancel().catch(() => {});
-        refuse("The file holds more than 64 MB after decompression, and no more are read.");
+        refuse("The file holds more than " + SpecDecode.UNPACKED / 1e6 + " MB after decompression, and no more are read.");
       }
       parts.push(part.value);
     }

@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import json
 import re
+import sys
+import types
 import zlib
 from base64 import b64encode, urlsafe_b64encode
 from dataclasses import replace
@@ -272,12 +274,12 @@ def test_the_share_image_has_the_numbers_of_the_report(tmp_path: Path, capsys: p
 def test_the_command_runs_a_recorded_race_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from spec_decode.loading import pair as loading
-    from spec_decode.sources import local
-
     source = FakeSource()
-    monkeypatch.setattr(loading, "load_pair", lambda **_: None)
-    monkeypatch.setattr(local, "LocalSource", lambda *_, **__: source)
+    loader, local = types.ModuleType("pair"), types.ModuleType("local")  # the real ones load PyTorch
+    monkeypatch.setattr(loader, "load_pair", lambda **_: None, raising=False)
+    monkeypatch.setattr(local, "LocalSource", lambda *_, **__: source, raising=False)
+    monkeypatch.setitem(sys.modules, "spec_decode.loading.pair", loader)
+    monkeypatch.setitem(sys.modules, "spec_decode.sources.local", local)
     race = FakeSource().race(Request("p", Settings(max_new_tokens=20), drafter="lookup"))
     list(race.steps())
     file = tmp_path / "t.html"
