@@ -47,7 +47,8 @@ def compare(recorded: Trace, here: Trace) -> list[Row]:
             ratio(c[SPECULATIVE].tokens_per_second, c[BASELINE].tokens_per_second), 2, unit="×"
         ),
     }.items():
-        rows.append(Row(name, *map(measure, runs)))
+        a, b = map(measure, runs)
+        rows.append(Row(name, a, b))
     left = {"drafter", *recorded.omitted, *here.omitted}
     same = _asked(recorded, left) == _asked(here, left)
     rows.append(Row("prompt and settings", "as recorded", "the same" if same else "differ", same))

@@ -25,7 +25,8 @@ def wanted(fragment: object, drafters: Sequence[str], thinking: bool) -> tuple[s
         request = None
     if request is None:
         return drafters[0], thinking
-    return request.drafter if request.drafter in drafters else drafters[0], request.thinking
+    asked = request.drafter
+    return asked if asked is not None and asked in drafters else drafters[0], request.thinking
 
 
 def form_values(request: Request) -> dict[str, Any]:

@@ -87,7 +87,9 @@ def connect(engine: Engine, share: Share, page: Page) -> None:
         except link.LinkError as error:
             return {share.said: str(error), note: note_html(str(error))}
         now, values = engine.status(), form_values(request)
-        out = {panel.controls[name]: gr.update(value=values[name]) for name in CONTROLS if name in values}
+        out: dict[Any, Any] = {
+            panel.controls[name]: gr.update(value=values[name]) for name in CONTROLS if name in values
+        }
         out |= {prompt: gr.update(value=request.prompt), share.said: ""}
         out[panel.system] = gr.update(value=request.system or "")
         if request.system:
