@@ -118,9 +118,10 @@ async function draw() {
   const wanted = data.final ? ["rate", "acceptance", "passes", "model"] : ["rate", "acceptance"];
   for (const name of Object.keys(boxes)) {
     const box = boxes[name], canvas = box.querySelector(".sd-canvas");
-    const empty = name === "model" && data.final && !data.final.model.predicted.length;
+    const untold = name === "model" && data.final && !data.final.model; // a trace alone does not tell it
+    const empty = name === "model" && data.final && !data.final.model?.predicted.length;
     const full = wanted.includes(name) && !empty;
-    box.dataset.state = full ? "drawn" : data.final ? "none" : "waiting";
+    box.dataset.state = full ? "drawn" : untold ? "untold" : data.final ? "none" : "waiting";
     if (!full) continue;
     const [traces, plan] = draws[name](P, c);
     await P.react(canvas, traces, plan, CONFIG);

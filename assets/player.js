@@ -1,17 +1,20 @@
 // Recordings, played in the browser: every round comes when the clock of its lane has come so far. No server is asked.
 // In: a view, and recordings [{name, title, trace, about, recorded, stats, figures}] (spec_decode/session/recordings.py).
 // Out: `play(name)`, `leave()` and `begin()`, which plays the first by itself, and stands still where motion is unwanted.
-SpecDecode.player = (view, recordings) => {
+// `open(recording, still)` plays one more, whose trace is read already (`data`), in place of the one opened before.
+SpecDecode.player = (view, shipped) => {
   const { root } = view, make = SpecDecode.make;
   const bar = root.querySelector(".sd-player");
   const SPEEDS = [[0.25, "¼ speed"], [0.5, "½ speed"], [1, "full speed"]];
+  const recordings = [...shipped];
   let playing = null, speed = SPEEDS[0][0], frame = 0;
-  const player = { play, leave, begin, get active() { return playing !== null; },
-    get name() { return playing && playing.recording.name; }, names: recordings.map((recording) => recording.name) };
+  const player = { play, leave, begin, open, get active() { return playing !== null; },
+    get recording() { return playing && playing.recording; }, get name() { return playing && playing.recording.name; }, names: shipped.map((recording) => recording.name) };
   bar.hidden = !recordings.length;
 
-  const chips = recordings.map((recording) => SpecDecode.button("sd-pick", "Play the recording: " + recording.title,
-    () => play(recording.name, SpecDecode.still()), recording.title));
+  const chipOf = (recording) => SpecDecode.button("sd-pick", "Play the recording: " + recording.title,
+    () => play(recording.name, SpecDecode.still()), recording.title);
+  const chips = recordings.map(chipOf);
   const pause = SpecDecode.button("sd-pause", "", toggle, "Pause");
   const pace = make("select", "sd-pace", ...SPEEDS.map(([factor, title]) => new Option(title, factor)));
   pace.setAttribute("aria-label", "Speed of the recording");
@@ -50,6 +53,8 @@ SpecDecode.player = (view, recordings) => {
     if (playing !== mine) return; // another was picked meanwhile, or a race began
     const race = new SpecDecode.Race(recording.about, recording.data.costs);
     Object.assign(race.pieces, recording.data.pieces);
+    race.whole = recording.data;
+    race.final = { stats: recording.stats, figures: recording.figures };
     race.span = recording.order[recording.order.length - 1].clock;
     view.reset(race);
     document.dispatchEvent(new CustomEvent("sd-figures", { detail: null }));
@@ -111,6 +116,19 @@ SpecDecode.player = (view, recordings) => {
   function score() {
     const { recording, state } = playing;
     view.show({ phase: "idle", stats: state === "ended" ? recording.stats : view.race.stats(), about: recording.about, recording: state });
+  }
+
+  function open(recording, still) {
+    const before = recordings.findIndex((r) => r.name === recording.name);
+    if (before >= 0) {
+      recordings.splice(before, 1);
+      chips.splice(before, 1)[0].remove();
+    }
+    recordings.push(recording);
+    chips.push(chipOf(recording));
+    pause.before(chips[chips.length - 1]);
+    bar.hidden = false;
+    return play(recording.name, still);
   }
 
   // The view is another's from now on.

@@ -8,6 +8,7 @@ SpecDecode.card(view);
 SpecDecode.inspector(view);
 SpecDecode.timeline(view);
 const player = SpecDecode.player(view, props.recordings || []);
+Object.assign(view, { player, SpecDecode }); // for the other scripts of the page
 if (SpecDecode.tour) SpecDecode.tour(view, player, props.steps || []);
 let run = "", dismissed = "", have = 0, queue = [], scheduled = false, asking = false, again = false;
 
@@ -66,6 +67,7 @@ function flush() {
     if (!batch.run && !run && player.active) continue; // the empty batch that the page begins with
     take(batch);
     if (batch.about) view.race.about = batch.about;
+    if (batch.trace) Object.assign(view.race, { whole: batch.trace, final: { stats: batch.stats, figures: batch.figures } });
     if (batch.costs) view.race.costs = batch.costs;
     if (batch.phase) view.show(batch);
     if (batch.figures || !batch.run) {

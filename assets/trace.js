@@ -31,6 +31,9 @@ SpecDecode.Race = class {
     this.about = about;
     this.costs = costs;
     this.rounds = { baseline: [], speculative: [] };
+    this.order = []; // of both lanes, as they came
+    this.whole = null; // the trace that is played, or what of a race's own trace is no round (session/stream.py)
+    this.final = null; // {stats, figures} of a race that is over
     this.pieces = {};
     this.counts = Object.fromEntries(SpecDecode.LANES.map((lane) => [lane,
       { ids: [], passes: 0, accepted: 0, drafted: 0, refused: 0, kl: 0, lossy: 0, firstTokens: 0, first: null, clock: 0 }]));
@@ -42,6 +45,7 @@ SpecDecode.Race = class {
     const c = this.counts[round.lane], { baseline, speculative } = this.counts, emitted = round.tokens.filter(SpecDecode.emits);
     Object.assign(this.pieces, round.pieces);
     this.rounds[round.lane].push(round);
+    this.order.push(round);
     if (c.first === null) [c.first, c.firstTokens] = [round.clock, emitted.length];
     c.clock = round.clock;
     c.passes += round.index > 0;
@@ -57,6 +61,12 @@ SpecDecode.Race = class {
       if (baseline.ids[this.same] === speculative.ids[this.same]) this.same += 1;
       else this.differ = true;
     }
+  }
+
+  // The race as a trace, null before it is over.
+  get trace() {
+    if (!this.whole || this.whole.rounds) return this.whole;
+    return { ...this.whole, pieces: { ...this.pieces }, rounds: this.order.map(({ pieces, ...round }) => round) };
   }
 
   piece(id) {

@@ -1,4 +1,4 @@
-"""Command line: `python -m spec_decode race`, `… bench`, `… prove`, `… models`, `… record` and others.
+"""Command line: `python -m spec_decode race`, `… bench`, `… prove`, `… models`, `… replay` and others.
 
 What is asked for goes to standard output, progress and errors to standard error. Exit code 2 for bad input, 1 for a
 failure, 0 otherwise; `prove` has two more (`prove.command`).
@@ -24,6 +24,7 @@ from .prove import command as prove
 from .request import Request
 from .rules import RULES
 from .settings import Settings
+from .share import command as share
 from .sources import Source
 
 
@@ -57,13 +58,19 @@ def _race(arguments: argparse.Namespace) -> None:
     if arguments.trace:
         text = trace.exported(system=arguments.keep_system).to_json()
         Path(arguments.trace).write_text(text, encoding="utf-8")
+    if arguments.html:
+        from .share import saved
+
+        page = saved.page(trace.exported(system=arguments.keep_system))
+        Path(arguments.html).write_text(page, encoding="utf-8")
 
 
 def _recorded(arguments: argparse.Namespace) -> tuple[Source, Request]:
     """A trace that is played back without waiting, and the request it was recorded of. Needs no torch."""
     from .sources.replay import ReplaySource, read
 
-    _check_writable(arguments.trace)
+    for path in (arguments.trace, arguments.html):
+        _check_writable(path)
     source = ReplaySource(read(arguments.replay), speed=math.inf)
     return source, source.recording.request
 
@@ -71,7 +78,8 @@ def _recorded(arguments: argparse.Namespace) -> tuple[Source, Request]:
 def _loaded(arguments: argparse.Namespace) -> tuple[Source, Request]:
     """The pair and the request that the flags name. The pair is loaded after all that can be checked without it."""
     settings, choice = _settings(arguments), flags.read(arguments)
-    _check_writable(arguments.trace)
+    for path in (arguments.trace, arguments.html):
+        _check_writable(path)
     request = Request(
         arguments.prompt,
         settings,
@@ -332,7 +340,10 @@ def _parser() -> argparse.ArgumentParser:
     race.add_argument("--truncate", action="store_true", help="cut a prompt that is too long instead of refusing it")
     race.add_argument("--json", action="store_true", help="print one JSON object")
     race.add_argument("--trace", metavar="FILE", help="write the whole trace of the race as JSON")
-    race.add_argument("--keep-system", action="store_true", help="write the system prompt into the trace as well")
+    race.add_argument("--html", metavar="FILE", help="write one HTML file that shows the race without a network")
+    race.add_argument(
+        "--keep-system", action="store_true", help="write the system prompt into the trace and the HTML too"
+    )
     race.set_defaults(run=_race)
     bench = commands.add_parser("bench", help="a file of prompts through both lanes and other engines")
     command.add_arguments(bench)
@@ -342,6 +353,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("--memory", metavar="GB", help="of the card to fit (default: what is free on this machine)")
     listing.add_argument("--json", action="store_true", help="print one JSON array")
     listing.set_defaults(run=_models)
+    share.add_command(commands, _describe, _progress)
     record = commands.add_parser("record", help="the recordings that the page plays by itself, anew")
     record.add_argument(
         "--out", type=Path, default=ASSETS / "replays", metavar="DIR", help="folder to write to (default: the page's)"

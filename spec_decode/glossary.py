@@ -54,3 +54,18 @@ def page() -> str:
     """docs/glossary.md, in alphabetical order."""
     rows = sorted(terms(), key=lambda term: term.name.lower())
     return PAGE + "".join(f"| {term.name} | {', '.join(term.also)} | {term.definition} |\n" for term in rows)
+
+
+# what is no term, but asks for a sentence where it stands
+HINTS = {
+    "larger pairs": "Start the app with another pair: python app.py --pair gemma-4-E4B, or --target and --drafter with "
+    "any two models that share a tokenizer; python -m spec_decode models lists what fits this machine.",
+}
+
+# The longest first: of two names that begin at one place in a text, the longer is meant.
+TERMS: dict[str, str] = dict(
+    sorted(
+        [*((name, term.definition) for term in terms() for name in (term.name, *term.also)), *HINTS.items()],
+        key=lambda named: -len(named[0]),
+    )
+)

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from spec_decode.drafters.kinds import KINDS
-from spec_decode.glossary import page, terms
+from spec_decode.glossary import HINTS, page, terms
 from spec_decode.rules import RULES
-from spec_decode.ui.terms import HINTS, TERMS, marked
+from spec_decode.ui.terms import TERMS, marked
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 NEEDED = (

@@ -26,6 +26,8 @@ LIGHT = (
     "errors",
     "__main__",
     "prove.command",
+    "share.command",
+    "share.saved",
     "prove.setup",
 )
 

@@ -6,12 +6,13 @@ figures, and the trace at the end. Closing the iterator frees the device: the ra
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import UserError
@@ -41,14 +42,17 @@ class View:
     notice: str | None = None
 
 
-def run(engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool = True) -> Iterator[View]:
+def run(
+    engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool = True, keep_system: bool = False
+) -> Iterator[View]:
     """Races for `visitor`, a session, and yields what to show. A device out of memory ends in a `View` with a
     `problem`, what came before kept.
 
     Without `draw` there are no figures, and updates are rare: nobody is watching. A race that takes longer than
     `engine.limits` allow is stopped and says so in a `notice`, what came before kept. While a long prompt is read,
     updates without rounds come, each with "reading": [tokens read, of how many]. What the engine says of a lane while
-    it runs stands in "notes", the latest sentence of each.
+    it runs stands in "notes", the latest sentence of each. The last batch has in "trace" what else the trace says than
+    rounds, as it may leave this machine; with `keep_system` the system prompt too.
 
     Raises:
         PromptError, ModelError, SettingsError: the race could not begin.
@@ -95,6 +99,8 @@ def run(engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool =
                 more["costs"] = trace.costs.to_dict()
             if race.notes:
                 more["notes"] = {note.lane: note.text for note in race.notes}
+            if draw and trace:
+                more["trace"] = _head(trace.exported(system=keep_system))
             stats = tally.to_dict(trace) | {"wall": time.perf_counter() - began}
             batch = feed.batch("failed" if problem else "done" if done else "running", stats, **more)
             yield View(batch, trace, problem, {name: lane.tokens for name, lane in tally.lanes.items()}, notice)
@@ -103,3 +109,9 @@ def run(engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool =
                 seconds += 0.3 * (min(LONGEST, max(SLICE, PATIENCE * waited)) - seconds)
     finally:
         engine.close(visitor, race)
+
+
+def _head(trace: Trace) -> dict[str, Any]:
+    """All of a trace but its rounds and the texts of their alternatives, which a page that saw the race has."""
+    data: dict[str, Any] = json.loads(replace(trace, rounds=(), pieces={}).to_json())
+    return {name: value for name, value in data.items() if name not in ("rounds", "pieces")}

@@ -6,9 +6,7 @@ the recorded one. Imports no torch.
 
 from __future__ import annotations
 
-import gzip
 import threading
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,27 +15,22 @@ from typing import Any
 from ..errors import UserError
 from ..events import Promises, Round, Trace
 from ..request import Request
+from ..share.unpack import trace_text
 from . import Recording
 
 
 def read(path: str | Path) -> Trace:
-    """The trace in a file, plain or compressed by gzip.
+    """The trace in a file: plain, compressed by gzip, or a saved replay (`share.saved`).
 
     Raises:
         UserError: the file cannot be read, or holds no trace.
     """
     try:
-        data = Path(path).read_bytes()
-        return Trace.from_json((gzip.decompress(data) if data[:2] == _GZIP else data).decode("utf-8"))
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path} cannot be replayed: it is damaged ({error}).") from error
+        return Trace.from_json(trace_text(Path(path).read_bytes()))
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
         raise UserError(f"{path} cannot be replayed: {error}.") from error
-
-
-_GZIP = b"\x1f\x8b"
 
 
 class ReplaySource:

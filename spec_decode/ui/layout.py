@@ -23,6 +23,8 @@ from .controls import settings_panel
 from .head import TITLE, Head, routes
 from .lab import lab_tab
 from .server import Guard, Server
+from .share import ask, connect, share_row
+from .share import routes as replay_file
 from .theme import style, theme
 from .tour import offered, wire_tour
 from .wiring import DEVICE, QUIET, Page, wire
@@ -34,7 +36,7 @@ def launch_options() -> dict[str, Any]:
         "theme": theme(),
         "head": style(),
         "favicon_path": ASSETS / "icon.png",
-        "app_kwargs": {"middleware": [Middleware(Head)], "routes": routes()},
+        "app_kwargs": {"middleware": [Middleware(Head)], "routes": [*routes(), *replay_file()]},
         "footer_links": ["api", "gradio"],
         "ssr_mode": False,
         "quiet": True,
@@ -70,6 +72,7 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
                     leave = gr.Button("Stop", elem_id="sd-leave", visible=False, min_width=80, scale=2)
                     stop = gr.Button("Stop", elem_id="sd-stop", visible=False, min_width=80, scale=2)
                     clear = gr.Button("Clear", elem_id="sd-clear", min_width=80, scale=1)
+                ask()
                 status = _html("", "sd-status")
                 retry = gr.Button("Try again", size="sm", elem_id="sd-retry", visible=False)
                 with gr.Row(elem_id="sd-examples"):
@@ -84,17 +87,20 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
                     most.value = min(most.value, engine.limits.new_tokens or most.value)
             with gr.Column(elem_id="sd-main", min_width=320):
                 view = token_view(feeds, shipped() if recordings else (), offered(lab))
+                with gr.Row(elem_id="sd-after"):
+                    download = gr.DownloadButton(
+                        "Download trace (JSON)", size="sm", elem_id="sd-download", interactive=False
+                    )
+                    share = share_row()
+                view = token_view(feeds, shipped() if recordings else (), offered(lab))
                 figures()
-                download = gr.DownloadButton(
-                    "Download trace (JSON)", size="sm", elem_id="sd-download", interactive=False
-                )
         if lab:
             with tabs, gr.Tab("Exactness lab", id="lab"):
                 broken = lab_tab(engine)
         wire(
             engine,
             feeds,
-            Page(
+            page := Page(
                 prompt=prompt,
                 panel=panel,
                 go=go,
@@ -107,11 +113,13 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
                 status=status,
                 view=view,
                 download=download,
+                link=share.link,
                 ticket=gr.State({}),
                 timer=gr.Timer(0.5),
             ),
             blocks,
         )
+        connect(engine, share, page)
         wire_tour(engine, blocks, prompt, panel, (tabs, broken) if isinstance(tabs, gr.Tabs) else None)
         for name, endpoint in endpoints(engine).items():
             api(endpoint, api_name=name, concurrency_id=DEVICE, concurrency_limit=1)

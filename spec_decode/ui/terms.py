@@ -11,21 +11,7 @@ from __future__ import annotations
 import re
 from html import escape
 
-from ..glossary import terms
-
-# what is no term, but asks for a sentence where it stands
-HINTS = {
-    "larger pairs": "Start the app with another pair: python app.py --pair gemma-4-E4B, or --target and --drafter with "
-    "any two models that share a tokenizer; python -m spec_decode models lists what fits this machine.",
-}
-
-# The longest first: of two names that begin at one place in a text, the longer is meant.
-TERMS: dict[str, str] = dict(
-    sorted(
-        [*((name, term.definition) for term in terms() for name in (term.name, *term.also)), *HINTS.items()],
-        key=lambda named: -len(named[0]),
-    )
-)
+from ..glossary import TERMS as TERMS
 
 _KNOWN = re.compile(r"(?<![\w-])(" + "|".join(map(re.escape, TERMS)) + r")(?![\w-])")
 

@@ -71,6 +71,9 @@ def theme() -> gr.themes.Base:
     return base.set(**values)
 
 
+STYLES = ("app.css", "page.css", "lab.css", "tour.css", "share.css")
+
+
 def style() -> str:
     """What a script puts into the page's head: the style sheet, whole and unscoped."""
-    return f"<style>{asset('app.css')}{asset('page.css')}{asset('lab.css')}{asset('tour.css')}</style>"
+    return f"<style>{''.join(map(asset, STYLES))}</style>"

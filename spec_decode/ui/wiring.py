@@ -29,6 +29,7 @@ from ..session.feed import Feeds, idle
 from ..session.stream import run
 from .controls import Panel, help_updates
 from .form import CONTROLS, drafter_help, problem, settings_from_form
+from .linked import ADDRESS, wanted
 from .terms import marked
 
 DEVICE = "device"  # concurrency id: one race at a time
@@ -56,6 +57,7 @@ class Page:
     status: gr.HTML
     view: gr.HTML
     download: gr.DownloadButton
+    link: gr.Textbox  # of the page's address, see `share`
     ticket: gr.State
     timer: gr.Timer
 
@@ -66,7 +68,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     panel, form = page.panel, list(page.panel.controls.values())
     hidden, shown = gr.update(visible=False), gr.update(visible=True)
 
-    def poll() -> dict[Any, Any]:
+    def poll(fragment: str = "") -> dict[Any, Any]:
         now = engine.status()
         out = {
             page.status: status_html(now),
@@ -77,9 +79,10 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         if now.phase == "absent":
             out[page.prompt] = gr.update(interactive=False, placeholder="There is no model here to ask.")
         if now.phase == "ready":
-            own = now.drafters[0]
+            own, thinking = wanted(fragment, now.drafters, bool(now.thinking))
+            out[page.status] = status_html(now, drafter=own)
             out[panel.drafter] = gr.update(choices=list(now.drafters), value=own, info=drafter_help(own))
-            out[panel.thinking] = gr.update(visible=now.thinking is not None, value=bool(now.thinking))
+            out[panel.thinking] = gr.update(visible=now.thinking is not None, value=thinking)
             if now.recording:
                 out[page.prompt] = gr.update(value=now.recording.request.prompt, interactive=False)
         return out
@@ -140,7 +143,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
                     truncate=bool(ticket.get("truncate")),
                     thinking=bool(thinking),
                 )
-            for view in run(engine, visitor, wanted, feeds.open()):
+            for view in run(engine, visitor, wanted, feeds.open(), keep_system=bool(keep_system)):
                 if view.trace:
                     trace = traces.write(view.trace.exported(system=bool(keep_system)))
                     outcomes.put(visitor, Outcome(view.problem or view.notice, trace=trace))
@@ -177,8 +180,8 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         }
 
     watched = [page.status, page.go, page.retry, panel.drafter, panel.thinking, page.timer, page.prompt]
-    blocks.load(poll, None, watched, **AT_ONCE)
-    page.timer.tick(poll, None, watched, **AT_ONCE)
+    blocks.load(poll, page.link, watched, js=ADDRESS, **AT_ONCE)
+    page.timer.tick(poll, page.link, watched, js=ADDRESS, **AT_ONCE)
     page.retry.click(again, None, [page.timer, page.retry, page.status], **AT_ONCE)
 
     panel.drafter.input(chosen, [panel.drafter, page.status], [page.status, panel.drafter], preprocess=False, **AT_ONCE)
