@@ -7,6 +7,7 @@ const view = SpecDecode.view(root, props.terms);
 SpecDecode.card(view);
 SpecDecode.inspector(view);
 SpecDecode.timeline(view);
+SpecDecode.branch(view);
 const player = SpecDecode.player(view, props.recordings || []);
 let run = "", dismissed = "", have = 0, queue = [], scheduled = false, asking = false, again = false;
 

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import UserError
 from ..events import Trace
 from ..request import Request
+from .branch import offer
 from .caption import about
 from .curves import Curves, Throttle, final
 from .device import Engine
@@ -48,7 +49,7 @@ def run(engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool =
     Without `draw` there are no figures, and updates are rare: nobody is watching. A race that takes longer than
     `engine.limits` allow is stopped and says so in a `notice`, what came before kept. While a long prompt is read,
     updates without rounds come, each with "reading": [tokens read, of how many]. What the engine says of a lane while
-    it runs stands in "notes", the latest sentence of each.
+    it runs stands in "notes", the latest sentence of each. The end brings what branches are made of (`branch.offer`).
 
     Raises:
         PromptError, ModelError, SettingsError: the race could not begin.
@@ -84,7 +85,7 @@ def run(engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool =
             cut = trace is not None and "time" in trace.finish.values()
             notice = f"Stopped after {limit:g} seconds, which is as long as a race may take here." if cut else None
             notice = notice or (". ".join(lasting) + "." if trace is not None and lasting else None)
-            more: dict[str, Any] = {"about": what}
+            more: dict[str, Any] = {"about": what | offer(now, race.request) if trace else what}
             if draw and (done or throttle.due()):
                 start = time.perf_counter()
                 more["figures"] = curves.live() | {"final": final(trace) if trace else None}

@@ -25,7 +25,17 @@ def asset(name: str) -> str:
 
 
 # of the token view, in this order; all but the last know nothing of Gradio
-SCRIPTS = ("trace.js", "explain.js", "view.js", "card.js", "inspector.js", "timeline.js", "player.js", "token_view.js")
+SCRIPTS = (
+    "trace.js",
+    "explain.js",
+    "view.js",
+    "card.js",
+    "inspector.js",
+    "timeline.js",
+    "player.js",
+    "branch.js",
+    "token_view.js",
+)
 
 
 def token_view(feeds: Feeds, recordings: Sequence[dict[str, Any]] = ()) -> gr.HTML:
