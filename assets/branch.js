@@ -107,9 +107,18 @@ SpecDecode.branch = (view) => {
     restoring = false;
     view.show(state);
     view.follow();
+    for (const lane of view.lanes) reveal(lane);
     for (const detail of [null, figures]) document.dispatchEvent(new CustomEvent("sd-figures", { detail }));
     view.say((i ? "Branch: " : "") + entries[i].label + (person ? ", your draft" : ""));
     paint();
+  }
+
+  // Where a branch leaves its text, in sight within the pane.
+  function reveal(lane) {
+    const fork = lane.spans.find((span) => span.classList.contains("sd-fork"));
+    if (!fork) return;
+    lane.follow = false;
+    lane.box.scrollTop += fork.getBoundingClientRect().top - lane.box.getBoundingClientRect().top - 48;
   }
 
   // Races on from a text: `kept` tokens of it, then what is forced, or drafted.

@@ -312,11 +312,12 @@ PRESSED = "() => [...document.querySelectorAll('.sd-b-list button')].map((row) =
 
 
 @pytest.fixture(scope="module")
-def small() -> Iterator[str]:
-    """The page of a tiny pair."""
+def small() -> Iterator[tuple[str, Any]]:
+    """The address of the page of a tiny pair, and the pair."""
     torch.set_num_threads(1)
-    with serving(lambda progress: LocalSource(small_pair())) as url:
-        yield url
+    pair = small_pair()
+    with serving(lambda progress: LocalSource(pair)) as url:
+        yield url, pair
 
 
 def panes(visitor: Visitor) -> list[str]:
@@ -325,10 +326,10 @@ def panes(visitor: Visitor) -> list[str]:
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_branches_and_drafts_on_the_page(browser: Any, small: str) -> None:
-    pair, settings = small_pair(), Settings(max_new_tokens=24)
+def test_branches_and_drafts_on_the_page(browser: Any, small: tuple[str, Any]) -> None:
+    (url, pair), settings = small, Settings(max_new_tokens=24)
     text = raced(pair, Request(PROMPT, settings)).text(BASELINE)
-    visitor = Visitor(browser, small, reduced_motion="reduce").ready()
+    visitor = Visitor(browser, url, reduced_motion="reduce").ready()
     page = visitor.page
     page.wait_for_selector('.sd-race[data-recording="ended"]')
     assert page.is_disabled(".sd-b-draft") and "This is a recording" in visitor.text(".sd-b-says")
