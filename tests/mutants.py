@@ -1217,8 +1217,8 @@ MUTANTS = [
     Mutant(
         "a person drafts any number of tokens",
         "request.py",
-        "or len(value) > MAX_DRAFT_LENGTH:",
-        "or not len(value) >= 0:",
+        "if len(drafted) > MAX_NEW_TOKENS:",
+        "if False:",
         "test_request.py::test_what_cannot_be_asked_for_is_refused_in_a_short_sentence",
     ),
     Mutant(
