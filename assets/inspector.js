@@ -134,6 +134,7 @@ SpecDecode.inspector = (view) => {
   // Everything of one position.
   function fill(detail) {
     const { round, columns, place } = shown, column = columns[place];
+    if (!column) return detail.replaceChildren(make("div", "sd-i-rule", make("p", "", "Prefill: the target reads the prompt and the given text. A draft comes first, so no token follows from it.")));
     const dock = make("div", "sd-i-dock");
     const token = column.draft || column.target;
     const rule = make("div", "sd-i-rule", ...SpecDecode.explain(view.race, round, column).filter((s) => s.length)
@@ -150,6 +151,7 @@ SpecDecode.inspector = (view) => {
     detail.replaceChildren(dock, rule, make("div", "sd-i-bars", ...lists), ...rest, key);
     const span = spans().find((s) => s.about.token === token);
     if (span) view.card.dock(dock, span);
+    for (const part of view.parts) if (part.detailed) part.detailed(detail, round, column);
   }
 
   const MARK = { drafted: "◆", own: "●" }, NAME = { drafted: "drafted", own: "the target’s own" };

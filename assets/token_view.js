@@ -7,6 +7,7 @@ const view = SpecDecode.view(root, props.terms);
 SpecDecode.card(view);
 SpecDecode.inspector(view);
 SpecDecode.timeline(view);
+if (SpecDecode.branch) SpecDecode.branch(view);
 const player = SpecDecode.player(view, props.recordings || []);
 Object.assign(view, { player, SpecDecode }); // for the other scripts of the page
 if (SpecDecode.tour) SpecDecode.tour(view, player, props.steps || []);

@@ -36,7 +36,7 @@ SpecDecode.Race = class {
     this.final = null; // {stats, figures} of a race that is over
     this.pieces = {};
     this.counts = Object.fromEntries(SpecDecode.LANES.map((lane) => [lane,
-      { ids: [], passes: 0, accepted: 0, drafted: 0, refused: 0, kl: 0, lossy: 0, firstTokens: 0, first: null, clock: 0 }]));
+      { ids: [], passes: 0, accepted: 0, drafted: 0, refused: 0, kl: 0, lossy: 0, firstTokens: 0, first: null, began: null, clock: 0 }]));
     this.same = 0;
     this.differ = false;
   }
@@ -46,7 +46,8 @@ SpecDecode.Race = class {
     Object.assign(this.pieces, round.pieces);
     this.rounds[round.lane].push(round);
     this.order.push(round);
-    if (c.first === null) [c.first, c.firstTokens] = [round.clock, emitted.length];
+    if (c.began === null) [c.began, c.firstTokens] = [round.clock, emitted.length];
+    if (c.first === null && emitted.length) c.first = round.clock;
     c.clock = round.clock;
     c.passes += round.index > 0;
     c.ids.push(...emitted.map((t) => t.id));
@@ -83,7 +84,7 @@ SpecDecode.Race = class {
   // The score board of a race that goes on; the interval, the verdict and the end need the whole (session/tally.py).
   stats() {
     const ratio = (of, to) => (of === null || !to ? null : of / to);
-    const rate = (c) => (c.passes ? ratio(c.ids.length - c.firstTokens, c.clock - c.first) : null);
+    const rate = (c) => (c.passes ? ratio(c.ids.length - c.firstTokens, c.clock - c.began) : null);
     const { baseline, speculative } = this.counts;
     const lane = (c) => ({ tokens: c.ids.length, rate: rate(c), first: c.first, clock: c.clock });
     return {

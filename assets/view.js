@@ -176,7 +176,7 @@ SpecDecode.view = (root, terms) => {
       ? "The text loops: it repeats itself. That is easy to draft, so this speedup flatters the drafter."
       : "");
     caption(recording ? null : about.ran);
-    tell("shown", phase);
+    tell("shown", phase, { phase, stats, about });
     if (was === phase) return;
     if (recording) return view.say("");
     if (phase === "running") view.say("The race has started.");

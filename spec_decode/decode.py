@@ -239,6 +239,13 @@ def _decode(lane: Lane, prompt: list[int], text: TextStream, prefill: Prefill | 
             # A round that nobody will read must not work in the time of whoever comes next.
             held.push(lambda kind, *_: finish(target.device) if kind in (None, GeneratorExit) else None)
         known, ended = len(prompt), False
+        if drafter.drafts_first:
+            # The last given token is read once more, with the first draft after it.
+            state.unread()
+            passed = None
+            clock, index = time.perf_counter() - begun, 1
+            yield Round(lane.name, 0, (), 0, starting, prefill.seconds, clock, clock)
+            begun = time.perf_counter()
         ahead: _Launched | None = None
         while left > 0 and not ended:
             this, ahead, waited = ahead, None, 0.0

@@ -127,8 +127,9 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One draft and one target pass of a lane; round 0 is the prefill, which emits the first token. Its
-    `verify_seconds` are the target's reading of the prompt, its `draft_seconds` the drafter's, if it reads one.
+    """One draft and one target pass of a lane; round 0 is the prefill, which emits the first token, or none where a
+    person drafts what comes first. Its `verify_seconds` are the target's reading of the prompt, its `draft_seconds` the
+    drafter's, if it reads one.
 
     `tokens` stand in display order: accepted, rejected, then the target's own (correction, bonus, or target when
     nothing was drafted). `draft_length` is the γ that was asked for; a drafter may have proposed fewer tokens, and

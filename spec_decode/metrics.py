@@ -37,6 +37,7 @@ class LaneCounts:
     def __init__(self, rounds: Iterable[Round] = ()) -> None:
         self.tokens = self.first_tokens = self.rounds = self.passes = self.accepted = self.drafted = self.refused = 0
         self.first_clock = self.clock = self.kl = 0.0
+        self.time_to_first_token: float | None = None  # seconds from the start of the prefill to the first token
         self.lossy_rounds = 0
         for r in rounds:
             self.add(r)
@@ -46,6 +47,8 @@ class LaneCounts:
         emitted = r.emitted
         if self.rounds == 0:
             self.first_tokens, self.first_clock = len(emitted), r.clock
+        if self.time_to_first_token is None and emitted:
+            self.time_to_first_token = r.clock
         self.rounds += 1
         self.passes += r.index > 0
         self.tokens += len(emitted)
@@ -60,13 +63,9 @@ class LaneCounts:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Decoding rate: (emitted − 1) / time since the first token; prefill is not in it."""
+        """Decoding rate: (emitted − 1) / time since the first token; prefill is not in it. Where the prefill emitted no
+        token (`Drafter.drafts_first`): emitted / time since the prefill."""
         return rate(self.tokens - self.first_tokens, self.clock - self.first_clock) if self.rounds > 1 else None
-
-    @property
-    def time_to_first_token(self) -> float | None:
-        """Seconds from the start of the prefill to the first token."""
-        return self.first_clock if self.rounds else None
 
     @property
     def acceptance_rate(self) -> float | None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .errors import PromptError, SettingsError, quoted
-from .settings import MAX_DRAFT_LENGTH, Settings
+from .settings import MAX_NEW_TOKENS, Settings
 
 MAX_CHARACTERS = 4_000_000  # of a text; the longest context that is known holds fewer
 MAX_NAME = 4096  # characters of a drafter's name, which may be a path
@@ -28,9 +28,12 @@ class Request:
     drafter: one of `Source.drafters`; None takes the source's own. An empty name counts as None.
     truncate: cut a prompt that is too long, keeping its beginning, instead of refusing it.
     thinking: let the target think first, where its chat template has a switch for it.
-    prefix: what the output begins with in both lanes, as text or as token ids; None forces nothing.
+    prefix: what the output begins with in both lanes, as text, or as token ids with texts among them; None forces
+        nothing.
     history: the turns of the conversation before the prompt, each what was asked and what was answered.
-    draft: tokens that a person drafts for a round, ids or texts of one token each, instead of the drafter's.
+    draft: what a person drafts from the first token of the output on, as token ids with texts among them. It is drafted
+        `settings.draft_length` tokens a round, each at its place in the output; after its last token the drafter
+        drafts.
 
     Raises:
         PromptError: a text is no text, empty where there must be one, or too long.
@@ -43,7 +46,7 @@ class Request:
     drafter: str | None = None
     truncate: bool = False
     thinking: bool = False
-    prefix: str | tuple[int, ...] | None = None
+    prefix: str | tuple[int | str, ...] | None = None
     draft: tuple[int | str, ...] = ()
     history: tuple[tuple[str, str], ...] = ()
 
@@ -108,27 +111,30 @@ def _require_text(what: str, value: object) -> None:
         ) from None
 
 
-def _prefix(value: object) -> str | tuple[int, ...] | None:
+def _prefix(value: object) -> str | tuple[int | str, ...] | None:
     if value is None or value == "":
         return None
     if isinstance(value, str):
         _require_text("forced prefix", value)
         return value
-    if not isinstance(value, (list, tuple)) or not all(map(_is_token, value)):
-        raise SettingsError("prefix", f"The forced prefix must be text or token ids, not {quoted(value)}.")
-    return tuple(value) or None
+    return _tokens("prefix", "forced prefix", value) or None
 
 
 def _draft(value: object) -> tuple[int | str, ...]:
-    if not isinstance(value, (list, tuple)) or len(value) > MAX_DRAFT_LENGTH:
+    drafted = _tokens("draft", "person's draft", value)
+    if len(drafted) > MAX_NEW_TOKENS:
         raise SettingsError(
-            "draft", f"A person's draft must be a list of at most {MAX_DRAFT_LENGTH} tokens, not {quoted(value)}."
+            "draft", f"The person's draft has {len(drafted):,} tokens; at most {MAX_NEW_TOKENS:,} can be used."
         )
-    for token in value:
-        if isinstance(token, str) and token:
-            _require_text("drafted token", token)
-        elif not _is_token(token):
-            raise SettingsError("draft", f"A drafted token must be an id or a text, not {quoted(token)}.")
+    return drafted
+
+
+def _tokens(field: str, name: str, value: object) -> tuple[int | str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(_is_token(x) or (isinstance(x, str) and x) for x in value):
+        raise SettingsError(field, f"The {name} must be text or token ids, not {quoted(value)}.")
+    for part in value:
+        if isinstance(part, str):
+            _require_text(name, part)
     return tuple(value)
 
 

@@ -111,6 +111,12 @@ class State:
             # In place from the second time on: a graph finds it where it was when it was recorded.
             self.hidden = predicted if self.hidden is None else self.hidden.copy_(predicted)
 
+    def unread(self) -> None:
+        """Forgets what the cache holds of each row's last token, so that the next pass begins with it: a text that has
+        been read to its end gets a draft before the target's own token. The host must know the lengths."""
+        self.cache.keep(self.lengths - 1)
+        self.cache.settle(self.length - 1)
+
     def advance(self, emitted: int) -> None:
         """The host has read that the row, or the row with the most of them, got `emitted` tokens."""
         self.bound(self.length + emitted)

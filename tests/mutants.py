@@ -1166,6 +1166,34 @@ MUTANTS = [
         "test_engine.py::test_a_forced_prefix_is_read_and_shown_and_the_text_goes_on_from_it",
     ),
     Mutant(
+        "a person's draft begins after the target's first token",
+        "drafters/person.py",
+        "    drafts_first = True\n",
+        "    drafts_first = False\n",
+        "test_branch.py::test_a_persons_draft_changes_what_is_accepted_and_not_the_text",
+    ),
+    Mutant(
+        "a person's draft loses its place after a rejection",
+        "drafters/person.py",
+        "self.at += len(tokens)",
+        "self.at += len(tokens) - 1",
+        "test_branch.py::test_a_persons_draft_changes_what_is_accepted_and_not_the_text",
+    ),
+    Mutant(
+        "a person drafts against noise that was seen",
+        "session/branch.py",
+        'if settings.deciding.noise == "round" else settings',
+        'if settings.deciding.noise == "none" else settings',
+        "test_branch.py::test_a_branch_keeps_the_seed_only_where_the_text_is_the_seeds",
+    ),
+    Mutant(
+        "a person's round keeps the device",
+        "session/branch.py",
+        "        engine.close(visitor, race)",
+        "        pass",
+        "test_branch.py::test_one_round_of_a_person_is_verified_and_leaves_nothing_behind",
+    ),
+    Mutant(
         "a request names any drafter",
         "sources/__init__.py",
         "if name not in drafters:",
@@ -1189,8 +1217,8 @@ MUTANTS = [
     Mutant(
         "a person drafts any number of tokens",
         "request.py",
-        "or len(value) > MAX_DRAFT_LENGTH:",
-        "or not len(value) >= 0:",
+        "if len(drafted) > MAX_NEW_TOKENS:",
+        "if False:",
         "test_request.py::test_what_cannot_be_asked_for_is_refused_in_a_short_sentence",
     ),
     Mutant(

@@ -29,7 +29,7 @@ from spec_decode.draft_length import Fixed
 from spec_decode.drafters.lookup import LookupDrafter
 from spec_decode.drafters.model import ModelDrafter, check_same_vocabulary
 from spec_decode.drafters.mtp import MTPDrafter
-from spec_decode.errors import ModelError, OutOfMemory, PromptError, SettingsError, UserError
+from spec_decode.errors import ModelError, OutOfMemory, PromptError, UserError
 from spec_decode.events import BASELINE, SPECULATIVE, Costs, Reading, Trace
 from spec_decode.loading import pair as models
 from spec_decode.request import Request
@@ -221,10 +221,11 @@ def test_a_forced_prefix_must_be_known_and_fit(pair):
     assert len(cut.ids) == 42 and cut.ids[-6:] == [ord(c) - 32 for c in "four, "]
 
 
-def test_a_persons_draft_is_refused_until_it_can_be_used(pair):
-    with pytest.raises(SettingsError, match="cannot use tokens that a person drafts") as caught:
-        Race(pair, Request(PROMPT, draft=(3, "x")))
-    assert caught.value.field == "draft"
+def test_a_forced_prefix_may_mix_ids_and_texts(pair):
+    ids = [ord(c) - 32 for c in "four, "]
+    assert Race(pair, Request(PROMPT, prefix=(ids[0], "our", ids[4], " "))).ids[-6:] == ids
+    with pytest.raises(PromptError, match="The person's draft holds token 96, and the target knows 96 tokens"):
+        Race(pair, Request(PROMPT, draft=("a", tiny.VOCABULARY)))
 
 
 # The source

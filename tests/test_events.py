@@ -83,7 +83,7 @@ requests = st.builds(
     drafter=st.none() | text,
     truncate=st.booleans(),
     thinking=st.booleans(),
-    prefix=st.none() | text | st.lists(st.integers(0, 99), max_size=3).map(tuple),
+    prefix=st.none() | text | st.lists(st.integers(0, 99) | st.text(min_size=1, max_size=3), max_size=3).map(tuple),
     draft=st.lists(st.integers(0, 99) | st.text(min_size=1, max_size=3), max_size=3).map(tuple),
     history=st.lists(st.tuples(text, text), max_size=2).map(tuple),
 )

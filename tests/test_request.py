@@ -36,11 +36,12 @@ def test_a_prompt_is_enough() -> None:
         ({"thinking": 1}, SettingsError, "Thinking must be true or false, not 1."),
         ({"prefix": 7}, SettingsError, "The forced prefix must be text or token ids, not 7."),
         ({"prefix": "\ud800"}, PromptError, "The forced prefix holds half"),
-        *(({"prefix": [bad]}, SettingsError, "must be text or token ids") for bad in (-1, True, 1.0, 2**31, "a")),
-        ({"draft": "abc"}, SettingsError, "A person's draft must be a list of at most 16 tokens, not 'abc'."),
-        ({"draft": [1] * 17}, SettingsError, "A person's draft must be a list of at most 16 tokens"),
-        *(({"draft": [bad]}, SettingsError, "A drafted token must be an id or a text") for bad in (-1, "", None, 1.5)),
-        ({"draft": ["\ud800"]}, PromptError, "The drafted token holds half"),
+        *(({"prefix": [bad]}, SettingsError, "must be text or token ids") for bad in (-1, True, 1.0, 2**31, "")),
+        ({"prefix": [1, "\ud800"]}, PromptError, "The forced prefix holds half"),
+        ({"draft": "abc"}, SettingsError, "The person's draft must be text or token ids, not 'abc'."),
+        ({"draft": [1] * 32_769}, SettingsError, "The person's draft has 32,769 tokens; at most 32,768 can be used."),
+        *(({"draft": [bad]}, SettingsError, "must be text or token ids") for bad in (-1, "", None, 1.5)),
+        ({"draft": ["\ud800"]}, PromptError, "The person's draft holds half"),
         *(
             ({"history": bad}, SettingsError, "The history must be pairs of question and")
             for bad in ("ab", [["a"]], [1])

@@ -32,6 +32,7 @@ class FakeSource:
     promises = Promises()
     recording = None
     can_think = False
+    can_branch = False
 
     def __init__(
         self,

@@ -51,6 +51,8 @@ class Drafter:
     needs_hidden: `State.hidden` is wanted.
     needs_text: the next draft depends on what `extend` tells. Where it does not, it depends on the `State` alone, and
         can be made before the host has read the round before.
+    drafts_first: its first draft comes right after the given text, before the target has emitted a token. The reading
+        of the text then emits none.
     recordable: what `draft` reads and writes lies in the `State` and in weights alone, at addresses that stay, so that
         a graph can repeat it (`graphs`).
     """
@@ -58,6 +60,7 @@ class Drafter:
     name: str = ""
     needs_hidden: bool = False
     needs_text: bool = True
+    drafts_first: bool = False
     recordable: bool = False
 
     def start(self, prompt: list[int], settings: Settings, capacity: int) -> Iterable[Reading] | None:

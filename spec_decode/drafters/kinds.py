@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ANY = ("*",)  # every `model_type` that no other kind claims
 JOIN = "+"  # between the two names of a combination
+PERSON = "person"  # in rounds whose draft a person typed (`person`); no drafter that can be chosen
 
 
 @dataclass(frozen=True)

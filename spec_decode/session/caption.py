@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..drafters.kinds import KINDS
+from ..drafters.kinds import KINDS, PERSON
 from ..events import Promises
 from ..request import Request
 from ..settings import Settings
@@ -35,7 +35,8 @@ def about(
 ) -> dict[str, Any]:
     """What the token view has to know of a race. It claims no more than the rule and the source promise together; "why"
     is a sentence on what they do not. "undrawn" names the drafters whose tokens are drawn from no distribution, so that
-    q is one-hot for a rule that asks for it."""
+    q is one-hot for a rule that asks for it; "given" says that the output was made to begin with a text, or that a
+    person drafts."""
     settings = request.settings
     exact, same_text = settings.exact and promises.exact, settings.same_text and promises.same_text
     return {
@@ -45,13 +46,14 @@ def about(
         "deciding": settings.deciding.name,
         "temperature": settings.temperature,
         "lenience": settings.lenience,
-        "undrawn": [kind.name for kind in KINDS if not kind.model_types],
+        "undrawn": [PERSON, *(kind.name for kind in KINDS if not kind.model_types)],
         "exact": exact,
         "same_text": same_text,
         "synthetic": settings.synthetic,
         "why": _why(settings, promises),
         "rejected": promises.rejected,
         "limit": settings.max_new_tokens,
+        "given": request.prefix is not None or bool(request.draft),
     }
 
 
@@ -72,6 +74,8 @@ def caption(request: Request, pair: dict[str, Any], recording: Recording | None 
     as the seed of a greedy race, is left out."""
     said = [f"{_names(pair)} on {_place(pair)}", *_settings(request.settings)]
     said += ["thinking first"] if request.thinking else []
+    said += ["from a given text"] if request.prefix else []
+    said += ["a person drafts"] if request.draft else []
     if request.system and request.system.strip():
         said.append(f"system prompt: {_cut(request.system.strip(), 120)}")
     said += [str(recording)] if recording else []

@@ -47,6 +47,7 @@ class Status:
     promises: Promises = field(default_factory=Promises)
     recording: Recording | None = None
     thinking: bool | None = None
+    branches: bool = False  # `Source.can_branch`
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,14 @@ class Engine:
             thinking = self._thinking if source.can_think else None
             self._source = source
             self._status = Status(
-                "ready", "Ready.", source.info, source.drafters, source.promises, source.recording, thinking
+                "ready",
+                "Ready.",
+                source.info,
+                source.drafters,
+                source.promises,
+                source.recording,
+                thinking,
+                source.can_branch,
             )
         except UserError as error:
             self._status = Status("failed", str(error))

@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import UserError
 from ..events import Trace
 from ..request import Request
+from .branch import offer
 from .caption import about
 from .curves import Curves, Throttle, final
 from .device import Engine
@@ -53,6 +54,7 @@ def run(
     updates without rounds come, each with "reading": [tokens read, of how many]. What the engine says of a lane while
     it runs stands in "notes", the latest sentence of each. The last batch has in "trace" what else the trace says than
     rounds, as it may leave this machine; with `keep_system` the system prompt too.
+    The end brings what branches are made of (`branch.offer`).
 
     Raises:
         PromptError, ModelError, SettingsError: the race could not begin.
@@ -88,7 +90,7 @@ def run(
             cut = trace is not None and "time" in trace.finish.values()
             notice = f"Stopped after {limit:g} seconds, which is as long as a race may take here." if cut else None
             notice = notice or (". ".join(lasting) + "." if trace is not None and lasting else None)
-            more: dict[str, Any] = {"about": what}
+            more: dict[str, Any] = {"about": what | offer(now, race.request) if trace else what}
             if draw and (done or throttle.due()):
                 start = time.perf_counter()
                 more["figures"] = curves.live() | {"final": final(trace) if trace else None}

@@ -67,6 +67,7 @@ class Source(Protocol):
         info: "target", "drafter", "device" and "dtype" as names.
         drafters: what a request may name as its drafter; the first is the source's own.
         can_think: whether `Request.thinking` can be asked for.
+        can_branch: whether `Request.prefix` and `Request.draft` can be.
         promises: what the page may claim of its races.
         recording: what is played back whatever the request says, None for a source that runs a model.
     """
@@ -79,6 +80,9 @@ class Source(Protocol):
 
     @property
     def can_think(self) -> bool: ...
+
+    @property
+    def can_branch(self) -> bool: ...
 
     @property
     def promises(self) -> Promises: ...

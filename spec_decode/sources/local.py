@@ -23,7 +23,8 @@ from .. import __version__, decode
 from ..costs import learned
 from ..decode import Prefill
 from ..draft_length import RECORDED, controller
-from ..errors import OutOfMemory, PromptError, SettingsError, is_out_of_memory
+from ..drafters.person import PersonDrafter
+from ..errors import OutOfMemory, PromptError, is_out_of_memory
 from ..events import BASELINE, SPECULATIVE, Note, Promises, Reading, Round, Token, Trace
 from ..request import Request
 from ..text import TextStream, encode_chat
@@ -43,6 +44,7 @@ class LocalSource:
 
     promises = Promises()
     recording = None
+    can_branch = True
 
     def __init__(self, pair: Pair, own: str | None = None, drafters: tuple[str, ...] = ()) -> None:
         self.pair = pair
@@ -77,21 +79,20 @@ class Race:
 
     Attributes:
         ids: the tokens that are read before the first new one: the prompt's, and those of a forced prefix.
+        drafted: the tokens that a person drafts.
 
     Raises:
         UserError: thinking is asked of a target whose chat template has no switch for it.
         PromptError: the prompt is longer than the context leaves room for beside `max_new_tokens`, or a forced prefix
-            cannot be used.
-        SettingsError: a person's draft, which this source cannot use.
+            or a person's draft holds a token that the target does not know.
     """
 
     def __init__(self, pair: Pair, request: Request) -> None:
-        if request.draft:
-            raise SettingsError("draft", "This source cannot use tokens that a person drafts; leave the draft empty.")
         self.pair = pair
         self.request = request
         self.settings = request.settings
-        prefix = _prefix(pair, request)
+        prefix = _tokens(pair, "forced prefix", request.prefix or ())
+        self.drafted = _tokens(pair, "person's draft", request.draft)
         self.ids = _fit(pair, request, len(prefix)) + prefix
         self.date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self.rounds: list[Round] = []
@@ -162,10 +163,16 @@ class Race:
                 return
         text = TextStream(pair.tokenizer, ids[: len(ids) - len(self._prefix)])
         self._given = tuple(Token(token, text.push(token), "prompt") for token in self._prefix)
-        texts, recorders = [text.fork(), text], getattr(pair, "recorders", None) or {}
+        texts, recorders = [text.fork(), text], dict(getattr(pair, "recorders", None) or {})
+        drafter = pair.drafter
+        if self.drafted:
+            drafter = PersonDrafter(self.drafted, drafter)
+            recorders.pop(SPECULATIVE, None)  # rounds of lengths that come once
         refused = {lane: recorder.refused for lane, recorder in recorders.items() if recorder.refused}
-        lengths = controller(settings, self.costs, RECORDED if recorders and SPECULATIVE not in refused else None)
-        self._lanes = decode.lanes(prefill, pair.drafter, lengths, texts, settings, recorders)
+        lengths = controller(
+            settings, self.costs, RECORDED if SPECULATIVE in recorders.keys() - refused.keys() else None
+        )
+        self._lanes = decode.lanes(prefill, drafter, lengths, texts, settings, recorders)
         yield from self._said([Note(lane, f"Rounds are not recorded: {why}", True) for lane, why in refused.items()])
 
     def _said(self, before: Sequence[Note] = ()) -> Iterator[Note]:
@@ -251,17 +258,16 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _prefix(pair: Pair, request: Request) -> list[int]:
-    """The token ids of the forced prefix."""
-    if request.prefix is None:
-        return []
-    ids = request.prefix
-    if isinstance(ids, str):
-        ids = pair.tokenizer(ids, add_special_tokens=False)["input_ids"]
+def _tokens(pair: Pair, name: str, given: str | tuple[int | str, ...]) -> list[int]:
+    """The token ids of a text, or of ids with texts among them; each text is tokenized by itself. `name` says what it
+    is."""
+    ids: list[int] = []
+    for part in (given,) if isinstance(given, str) else given:
+        ids += [part] if isinstance(part, int) else pair.tokenizer(part, add_special_tokens=False)["input_ids"]
     last, known = max(ids, default=0), pair.target.vocabulary
     if last >= known:
-        raise PromptError(f"The forced prefix holds token {last}, and the target knows {known:,} tokens.")
-    return list(ids)
+        raise PromptError(f"The {name} holds token {last}, and the target knows {known:,} tokens.")
+    return ids
 
 
 def _fit(pair: Pair, request: Request, beside: int) -> list[int]:

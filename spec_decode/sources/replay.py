@@ -44,6 +44,7 @@ class ReplaySource:
     """
 
     can_think = False
+    can_branch = False
 
     def __init__(self, trace: Trace, speed: float = 1.0) -> None:
         if not trace.rounds:

@@ -24,7 +24,7 @@ def asset(name: str) -> str:
     return (ASSETS / name).read_text(encoding="utf-8")
 
 
-# of the token view, in this order; all but the last three know nothing of Gradio
+# of the token view, in this order; all but the last four know nothing of Gradio
 SCRIPTS = (
     "trace.js",
     "explain.js",
@@ -33,6 +33,7 @@ SCRIPTS = (
     "inspector.js",
     "timeline.js",
     "player.js",
+    "branch.js",
     "tour.js",
     "page.js",
     "token_view.js",

@@ -18,6 +18,7 @@ from ..session.device import Engine
 from ..session.feed import Feeds
 from ..session.recordings import shipped
 from .api import endpoints
+from .branch import asked
 from .components import asset, figures, token_view
 from .controls import settings_panel
 from .head import TITLE, Head, routes
@@ -116,6 +117,7 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
                 link=share.link,
                 ticket=gr.State({}),
                 timer=gr.Timer(0.5),
+                asked=asked(),
             ),
             blocks,
         )

@@ -17,7 +17,7 @@ from ..session.still import still
 from .components import SCRIPTS, asset
 from .terms import TERMS
 
-PAGE = ("tour.js", "page.js")  # scripts of the app's own page
+PAGE = ("branch.js", "tour.js", "page.js")  # scripts of the app's own page
 GUEST = [*(name for name in SCRIPTS if name not in PAGE and name != "token_view.js"), "guest.js", "token_view.js"]
 
 

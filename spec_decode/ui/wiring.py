@@ -12,7 +12,7 @@ from __future__ import annotations
 import secrets
 import tempfile
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -24,9 +24,11 @@ from ..errors import PromptError, UserError
 from ..events import Trace
 from ..loading.embedded import NAME as TINY
 from ..request import Request
+from ..session.branch import branch
 from ..session.device import Engine, Status
 from ..session.feed import Feeds, idle
 from ..session.stream import run
+from .branch import answer, read
 from .controls import Panel, help_updates
 from .form import CONTROLS, drafter_help, problem, settings_from_form
 from .linked import ADDRESS, wanted
@@ -60,6 +62,7 @@ class Page:
     link: gr.Textbox  # of the page's address, see `share`
     ticket: gr.State
     timer: gr.Timer
+    asked: gr.HTML
 
 
 def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
@@ -108,14 +111,19 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         else:
             out |= {
                 page.ticket: {"id": secrets.token_hex(8), "truncate": truncate},
-                page.note: hidden,
-                page.truncate: hidden,
-                page.go: hidden,
-                page.leave: shown,
-                page.stop: shown,
-                page.status: status_html(now, busy=True, drafter=drafter),
+                **busy(drafter),
             }
         return out
+
+    def busy(drafter: str) -> dict[Any, Any]:
+        return {
+            page.note: hidden,
+            page.truncate: hidden,
+            page.go: hidden,
+            page.leave: shown,
+            page.stop: shown,
+            page.status: status_html(engine.status(), busy=True, drafter=drafter),
+        }
 
     def stream(
         request: gr.Request,
@@ -127,23 +135,30 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         thinking: bool,
         *values: Any,
     ) -> Iterator[str]:
-        visitor = str(request.session_hash)
         if not isinstance(ticket, dict) or "id" not in ticket:  # no page sends this: `check` gives the ticket out
             raise gr.Error("There is no race to run; press Run first.", print_exception=False)
+
+        def made() -> Request:
+            if recording := engine.status().recording:
+                return recording.request
+            return Request(
+                text,
+                settings_from_form(dict(zip(CONTROLS, values, strict=True))),
+                system=system or None,
+                drafter=drafter or None,
+                truncate=bool(ticket.get("truncate")),
+                thinking=bool(thinking),
+            )
+
+        yield from race(str(request.session_hash), made, keep_system)
+
+    def stream_branch(request: gr.Request, asked: str, keep_system: bool) -> Iterator[str]:
+        yield from race(str(request.session_hash), lambda: branch(read(asked), engine.limits), keep_system)
+
+    def race(visitor: str, wanted: Callable[[], Request], keep_system: bool) -> Iterator[str]:
         outcomes.put(visitor, Outcome())
         try:
-            if recording := engine.status().recording:
-                wanted = recording.request
-            else:
-                wanted = Request(
-                    text,
-                    settings_from_form(dict(zip(CONTROLS, values, strict=True))),
-                    system=system or None,
-                    drafter=drafter or None,
-                    truncate=bool(ticket.get("truncate")),
-                    thinking=bool(thinking),
-                )
-            for view in run(engine, visitor, wanted, feeds.open(), keep_system=bool(keep_system)):
+            for view in run(engine, visitor, wanted(), feeds.open(), keep_system=bool(keep_system)):
                 if view.trace:
                     trace = traces.write(view.trace.exported(system=bool(keep_system)))
                     outcomes.put(visitor, Outcome(view.problem or view.notice, trace=trace))
@@ -210,7 +225,32 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         api_visibility="private",
     )
     running.then(rest, panel.drafter, resting, preprocess=False, **AT_ONCE)
-    page.leave.click(rest, panel.drafter, resting, preprocess=False, cancels=[running], **AT_ONCE)
+    # What the page asks stands in the value of a component, which is sent again with every event.
+    held = [page.note, page.truncate, page.go, page.leave, page.stop, page.status]
+    branching = page.asked.submit(busy, panel.drafter, held, preprocess=False, **AT_ONCE).then(
+        stream_branch,
+        [page.asked, panel.keep_system],
+        page.view,
+        preprocess=False,
+        postprocess=False,
+        concurrency_id=DEVICE,
+        concurrency_limit=1,
+        show_progress="minimal",
+        show_progress_on=page.status,
+        api_visibility="private",
+    )
+    branching.then(rest, panel.drafter, resting, preprocess=False, **AT_ONCE)
+    page.asked.input(
+        answer(engine),
+        page.asked,
+        page.asked,
+        preprocess=False,
+        postprocess=False,
+        concurrency_id=DEVICE,
+        concurrency_limit=1,
+        **QUIET,
+    )
+    page.leave.click(rest, panel.drafter, resting, preprocess=False, cancels=[running, branching], **AT_ONCE)
     page.stop.click(stop, None, None, **AT_ONCE)
     cleared = [page.prompt, page.view, page.note, page.truncate, page.download]
     page.clear.click(wipe, None, cleared, **AT_ONCE)

@@ -1,0 +1,52 @@
+"""How branches and a person's drafts reach the device: what the page asks, and the answer to a round.
+
+In: JSON that assets/branch.js sends through a component without a look of its own. Out: data for `session.branch`, and
+its answers. The events are in `wiring`, as those of every race.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from ..session.branch import one_round
+from ..session.device import Engine
+
+# A question becomes the component's value, which both of a branch's events read; an answer comes back as its value.
+_WIRE = """
+const ask = ({ detail }) => {
+  if (!element.isConnected) return document.removeEventListener("sd-ask", ask);
+  props.value = JSON.stringify(detail);
+  setTimeout(() => trigger(detail.round ? "input" : "submit"), 0);
+};
+document.addEventListener("sd-ask", ask);
+watch("value", () => {
+  const said = JSON.parse(props.value || "{}");
+  if (said.answer) document.dispatchEvent(new CustomEvent("sd-answer", { detail: said }));
+});
+"""
+
+
+def asked() -> gr.HTML:
+    """The component that carries questions and answers."""
+    return gr.HTML("", html_template="", js_on_load=_WIRE, apply_default_css=False, elem_id="sd-asked")
+
+
+def read(text: object) -> Any:
+    """What the page asks, which may be anything; None for what is no JSON."""
+    try:
+        return json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def answer(engine: Engine) -> Callable[..., str]:
+    """The function that answers one round with a person's draft."""
+
+    def draft_round(request: gr.Request, asked: str) -> str:
+        return one_round(engine, f"{request.session_hash}/draft", read(asked))
+
+    return draft_round
