@@ -53,22 +53,27 @@ def run(engine: Engine, setup: Setup) -> Iterator[str]:
     if setup.seeds > MOST:
         raise SettingsError("seeds", f"A test here has at most {MOST:,} texts.")
     try:
-        test = engine.submit(lambda: _open(setup)).result()
-        steps = test.run()
-        limit = engine.limits.seconds
-        began = time.perf_counter()
-        done = False
-        yield _view(test, False)
-        while not done:
-            done = engine.submit(lambda: _advance(steps)).result()
-            over = not done and limit is not None and time.perf_counter() - began > limit
-            yield _view(test, done or over)
-            done = done or over
+        with engine.turns.shared():
+            yield from _run(engine, setup)
     except UserError:
         raise
     except Exception as error:  # the page must outlive whatever a library throws
         traceback.print_exc(file=sys.stderr)
         yield dumps({"phase": "failed", "words": f"The test broke off ({type(error).__name__}: {error})."})
+
+
+def _run(engine: Engine, setup: Setup) -> Iterator[str]:
+    test = engine.submit(lambda: _open(setup)).result()
+    steps = test.run()
+    limit = engine.limits.seconds
+    began = time.perf_counter()
+    done = False
+    yield _view(test, False)
+    while not done:
+        done = engine.submit(lambda: _advance(steps)).result()
+        over = not done and limit is not None and time.perf_counter() - began > limit
+        yield _view(test, done or over)
+        done = done or over
 
 
 def _open(setup: Setup) -> Experiment:
