@@ -22,7 +22,7 @@ from spec_decode.sources import Source, replay
 from spec_decode.ui import Engine, Limits, build, launch_options
 
 # What a visitor may take where strangers may come, unless the flags say otherwise.
-PUBLIC = Limits(new_tokens=1024, seconds=120, lab=False)
+PUBLIC = Limits(new_tokens=1024, seconds=120, lab=False, measure=False)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,6 +64,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="the exactness lab, whose tests take the device for up to minutes (default: on, but off where other "
         "machines can reach the page)",
+    )
+    parser.add_argument(
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        help="measuring draft lengths on a visitor's prompts, which takes minutes, in turns with the races of others "
+        "(default: on, but off where other machines can reach the page)",
     )
     arguments = parser.parse_args(argv)
     arguments.limits = limits(arguments)
@@ -136,6 +142,7 @@ def limits(arguments: argparse.Namespace) -> Limits:
         usual.new_tokens if tokens is None else tokens or None,
         usual.seconds if seconds is None else seconds or None,
         not shared if arguments.lab is None else arguments.lab,
+        not shared if arguments.measure is None else arguments.measure,
     )
 
 

@@ -50,6 +50,8 @@ SpecDecode.player = (view, recordings) => {
     if (playing !== mine) return; // another was picked meanwhile, or a race began
     const race = new SpecDecode.Race(recording.about, recording.data.costs);
     Object.assign(race.pieces, recording.data.pieces);
+    const { request, pair, machine, versions, date } = recording.data;
+    race.head = { request, pair, machine, versions, date };
     race.span = recording.order[recording.order.length - 1].clock;
     view.reset(race);
     document.dispatchEvent(new CustomEvent("sd-figures", { detail: null }));

@@ -65,6 +65,7 @@ function flush() {
     if (!batch.run && !run && player.active) continue; // the empty batch that the page begins with
     take(batch);
     if (batch.about) view.race.about = batch.about;
+    if (batch.head) view.race.head = batch.head;
     if (batch.phase) show(batch);
     if (batch.figures || !batch.run) {
       document.dispatchEvent(new CustomEvent("sd-figures", { detail: batch.figures || null }));
@@ -80,6 +81,22 @@ function show(batch) {
   // Until the next status line comes, this one must not say again that the visitor waits.
   if (batch.phase === "done" || batch.phase === "failed") document.querySelector("#sd-status p")?.classList.add("sd-over");
 }
+
+// A race of before, whole: what the view held when it was finished.
+view.present = ({ about, costs, rounds, pieces, stats, figures, head }) => {
+  player.leave();
+  dismissed = run || dismissed;
+  [run, have] = ["", 0];
+  const race = new SpecDecode.Race(about, costs);
+  Object.assign(race.pieces, pieces);
+  race.head = head;
+  race.span = Math.max(...rounds.map((round) => round.clock));
+  view.reset(race);
+  view.add(rounds);
+  view.show({ phase: "done", stats, about });
+  for (const lane of view.lanes) lane.box.scrollTop = 0;
+  for (const detail of figures ? [null, figures] : [null]) document.dispatchEvent(new CustomEvent("sd-figures", { detail }));
+};
 
 // Clear sends the empty batch, which is no change of the value where no race has been.
 listen("click", (event) => {

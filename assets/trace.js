@@ -30,6 +30,7 @@ SpecDecode.Race = class {
   constructor(about = null, costs = null) {
     this.about = about;
     this.costs = costs;
+    this.head = null; // of a finished race: its request, pair, machine, versions and date
     this.rounds = { baseline: [], speculative: [] };
     this.pieces = {};
     this.counts = Object.fromEntries(SpecDecode.LANES.map((lane) => [lane,

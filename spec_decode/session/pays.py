@@ -356,9 +356,13 @@ class Job:
         rows = [self._rows[length] for length in (0, *LENGTHS) if length in self._rows]
         asked, pair = self._wanted.request, self._engine.status().pair or {}
         info = pair | {"drafter": asked.drafter or pair.get("drafter")}
-        about = caption(asked, info)["settings"]
-        about = [said for said in about if not said.startswith("draft length")]
-        return View(dumps({"phase": phase, "prompts": len(self._wanted.prompts), "ran": about, "rows": rows, **more}))
+        about = caption(asked, info)
+        ran = [said for said in about["settings"] if not said.startswith("draft length")]
+        count = len(self._wanted.prompts)
+        shown = {"phase": phase, "prompts": count, "ran": ran, "rows": rows, **more}
+        if not self._wanted.reports:
+            shown["prompt"] = about["prompt"]
+        return View(dumps(shown))
 
     def _last(self, bench: Bench, contents: Contents, words: str) -> View:
         """The end: the advisor's paragraph and the figure where anything was measured, and the reports."""
@@ -495,9 +499,9 @@ def waiting() -> str:
     return dumps({"phase": "waiting"})
 
 
-def over() -> str:
-    """What is said when a job has ended, however it ended: one that never began shows so."""
-    return dumps({"phase": "over"})
+def left() -> str:
+    """What is said of a job that has left the queue."""
+    return dumps({"phase": "left"})
 
 
 def failed(words: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import UserError
 from ..events import Trace
 from ..request import Request
-from .caption import about
+from .caption import about, head
 from .curves import Curves, Throttle, final
 from .device import Engine
 from .feed import Feed
@@ -89,6 +89,8 @@ def run(engine: Engine, visitor: str, request: Request, feed: Feed, draw: bool =
                 start = time.perf_counter()
                 more["figures"] = curves.live() | {"final": final(trace) if trace else None}
                 throttle.drawn(time.perf_counter() - start)
+            if trace:
+                more["head"] = head(trace)
             if race.reading:
                 more["reading"] = [race.reading.read, race.reading.total]
             if race.notes:

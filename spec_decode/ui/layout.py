@@ -16,12 +16,15 @@ from starlette.middleware import Middleware
 from ..paths import ASSETS
 from ..session.device import Engine
 from ..session.feed import Feeds
+from ..session.pays import Desk
 from ..session.recordings import shipped
 from .api import race_endpoint
 from .components import asset, figures, token_view
 from .controls import settings_panel
 from .head import TITLE, Head, routes
 from .lab import lab_tab
+from .pays import MEASURE, measure_panel, pays_tab
+from .pins import pinned
 from .server import Guard, Server
 from .theme import style, theme
 from .wiring import DEVICE, QUIET, Page, wire
@@ -51,9 +54,10 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
     feeds = Feeds()
     with Server(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as blocks:
         _html(asset("header.html"), "sd-header")
-        lab = engine.limits.lab
-        tabs = gr.Tabs(elem_id="sd-tabs") if lab else nullcontext()
-        with tabs, gr.Tab("Race") if lab else nullcontext(), gr.Row(elem_id="sd-page"):
+        lab, measure, desk = engine.limits.lab, engine.limits.measure, Desk(engine)
+        several = lab or measure
+        tabs = gr.Tabs(elem_id="sd-tabs") if several else nullcontext()
+        with tabs, gr.Tab("Race", id="race") if several else nullcontext(), gr.Row(elem_id="sd-page"):
             with gr.Column(elem_id="sd-rail", min_width=280, scale=0):
                 prompt = gr.Textbox(
                     label="Prompt",
@@ -87,6 +91,12 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
                 download = gr.DownloadButton(
                     "Download trace (JSON)", size="sm", elem_id="sd-download", interactive=False
                 )
+                pinned(engine, prompt, panel)
+                if measure:
+                    measure_panel(desk, blocks)
+        if measure:
+            with tabs, gr.Tab("Does it pay?", id="pays"):
+                pays_tab(desk, blocks, panel, examples())
         if lab:
             with tabs, gr.Tab("Exactness lab", id="lab"):
                 lab_tab(engine)
@@ -115,7 +125,7 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
     blocks.queue(max_size=max_queue, api_open=False)
     # Gradio looks for new events a thousand times a second, in the process that decodes; fifty times is soon enough.
     blocks._queue.sleep_when_free = 0.02
-    blocks.guard = Guard(engine, blocks, DEVICE)
+    blocks.guard = Guard(engine, blocks, DEVICE, MEASURE)
     return blocks
 
 

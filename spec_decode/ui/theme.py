@@ -73,4 +73,4 @@ def theme() -> gr.themes.Base:
 
 def style() -> str:
     """What a script puts into the page's head: the style sheet, whole and unscoped."""
-    return f"<style>{asset('app.css')}{asset('lab.css')}</style>"
+    return f"<style>{asset('app.css')}{asset('lab.css')}{asset('pays.css')}{asset('pins.css')}</style>"
