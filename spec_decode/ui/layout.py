@@ -91,9 +91,9 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
                 download = gr.DownloadButton(
                     "Download trace (JSON)", size="sm", elem_id="sd-download", interactive=False
                 )
-                pinned(engine, prompt, panel)
                 if measure:
                     measure_panel(desk, blocks)
+                pinned(engine, prompt, panel)
         if measure:
             with tabs, gr.Tab("Does it pay?", id="pays"):
                 pays_tab(desk, blocks, panel, examples())
