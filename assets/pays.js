@@ -16,7 +16,7 @@ const ACTIVE = ["waiting", "warming", "running", "stopping"];
 // Where the figure behind a sentence of the advisor stands.
 const WHERE = {
   "draft lengths": "column speedup", categories: "table by category", context: "report", acceptance: "figure, accepted",
-  "round time": "figure, plain steps", texts: "column same text", machine: "column measured",
+  "round time": "figure, plain steps", texts: "note below", machine: "note below",
 };
 let now = { phase: "idle" }, until = 0, raced = null, drawn = null;
 
@@ -68,7 +68,7 @@ function advice() {
   if (!now.advice) return;
   find(".sd-pays-advice").replaceChildren(...(now.advice.length ? now.advice : [{ text: "Too little was measured for a sentence.", refers: "" }])
     .flatMap((sentence) => [make("span", "", sentence.text), ...(WHERE[sentence.refers] ? [" ", make("small", "", "[" + WHERE[sentence.refers] + "]")] : []), " "]));
-  const said = [...(now.machine || []), ...(now.left_out || []).map((line) => "Left out: " + line)];
+  const said = [...(now.notes || []), ...(now.left_out || []).map((line) => "Left out: " + line)];
   find(".sd-pays-machine").textContent = said.join(" ");
   kinds();
   why.hidden = !now.why;

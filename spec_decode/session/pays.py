@@ -30,9 +30,10 @@ from ..sources import Race, Recording, Source
 from .caption import caption
 from .device import Engine
 from .feed import dumps
+from .pays_tables import baseline, categories, notes, row
 
 if TYPE_CHECKING:
-    from ..bench.measurement import Condition, Measurement
+    from ..bench.measurement import Measurement
     from ..bench.method import Bench
     from ..bench.record import Contents
     from ..bench.reports import Reports
@@ -349,8 +350,8 @@ class Job:
         from ..bench.summary import result
 
         told = [m for m in all_made if m.condition == made.condition]
-        self._rows[made.condition.draft_length] = _row(made.condition, result(made.condition, (), told))
-        self._rows[0] = _baseline(all_made)
+        self._rows[made.condition.draft_length] = row(made.condition, result(made.condition, (), told))
+        self._rows[0] = baseline(all_made)
 
     def _view(self, phase: str, **more: Any) -> View:
         rows = [self._rows[length] for length in (0, *LENGTHS) if length in self._rows]
@@ -384,8 +385,8 @@ class Job:
             ]
             more["choice"] = made.advice[0].draft_length if made.advice else None
             more["why"] = made.why[0] if made.why else None
-            more["machine"] = made.figures["spread"]["words"]
-            more["categories"] = _categories(made.figures)
+            more["notes"] = notes(made.figures)
+            more["categories"] = categories(made.figures)
             if self._wanted.reports:
                 reports = _files(made, contents)
         return replace(self._view("done" if whole else "stopped", **more), reports=reports)
@@ -399,81 +400,6 @@ def _counted(bench: Bench, prompt: Prompt, prompts: int) -> int:
         if prompts == 1:
             raise
         raise PromptError(f"The prompt “{prompt['id']}” cannot be measured: {error}") from error
-
-
-def _row(condition: Condition, found: dict[str, Any]) -> dict[str, Any]:
-    """A draft length as the page shows it, from its figures in the report."""
-    fast, speedup = found["lanes"]["speculative"], found["speedup"]
-    return {
-        "length": condition.draft_length,
-        "count": found["measurements"],
-        "rate": fast["tokens_per_second"],
-        "speedup": speedup["median"] if speedup else None,
-        "low": speedup["low"] if speedup else None,
-        "high": speedup["high"] if speedup else None,
-        "worst": speedup["worst"] if speedup else None,
-        "acceptance": fast["acceptance_rate"],
-        "per_pass": fast["tokens_per_pass"],
-        **_times(fast),
-        "identical": found["identical"] if found["same_text"] else None,
-        "verdict": found["verdict"],
-        "words": found["words"],
-    }
-
-
-def _baseline(measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """γ = 0: the baseline lanes of all races. Their speedup is 1 by its definition."""
-    from statistics import median
-
-    lanes = [m.baseline for m in measurements]
-    rates = [lane.tokens_per_second for lane in lanes if lane.tokens_per_second]
-    verify = [lane.verify_seconds for lane in lanes if lane.verify_seconds is not None]
-    other = [lane.other_seconds for lane in lanes if lane.other_seconds is not None]
-    return {
-        "length": 0,
-        "count": len(lanes),
-        "rate": median(rates) if rates else None,
-        "speedup": 1.0,
-        "low": None,
-        "high": None,
-        "worst": None,
-        "acceptance": None,
-        "per_pass": 1.0,
-        "draft_ms": 0.0,
-        "verify_ms": 1e3 * median(verify) if verify else None,
-        "other_ms": 1e3 * median(other) if other else None,
-        "identical": None,
-        "verdict": None,
-        "words": "",
-    }
-
-
-def _times(lane: dict[str, Any]) -> dict[str, float | None]:
-    """Milliseconds of a round."""
-    parts = {part: lane[f"{part}_seconds"] for part in ("draft", "verify", "other")}
-    return {f"{part}_ms": None if value is None else 1e3 * value for part, value in parts.items()}
-
-
-def _categories(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """The speedups by category, where there are several: a row for each category and draft length."""
-    names = sorted({name for c in figures["conditions"] for name in c["categories"]})
-    if len(names) < 2:
-        return []
-    return [
-        {
-            "category": name,
-            "prompts": max(c["categories"][name]["prompts"] for c in figures["conditions"] if name in c["categories"]),
-            "speedups": {
-                str(c["condition"]["draft_length"]): _ends(c["categories"].get(name, {}).get("speedup"))
-                for c in figures["conditions"]
-            },
-        }
-        for name in names
-    ]
-
-
-def _ends(speedup: dict[str, Any] | None) -> list[float | None] | None:
-    return [speedup["median"], speedup["low"], speedup["high"]] if speedup else None
 
 
 def _files(made: Reports, contents: Contents) -> dict[str, str]:
