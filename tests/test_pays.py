@@ -17,7 +17,8 @@ from spec_decode.bench.method import WARM_UP
 from spec_decode.errors import ModelError, PromptError, SettingsError, UserError
 from spec_decode.request import Request
 from spec_decode.session.device import Engine, Limits
-from spec_decode.session.pays import LENGTHS, MOST_BYTES, MOST_PROMPTS, RAW, REPEATS, Desk, View, Wanted, read_prompts
+from spec_decode.session.pays import LENGTHS, RAW, REPEATS, Desk, View, Wanted
+from spec_decode.session.pays_prompts import MOST_BYTES, MOST_PROMPTS, read_prompts
 from spec_decode.settings import Settings
 from spec_decode.sources import Recording
 from spec_decode.ui.form import settings_from_form

@@ -45,8 +45,7 @@ def test_draft_lengths_are_measured_under_a_race_and_results_are_pinned(
     browser: Any,  # noqa: F811
     served: tuple[str, FakeSource],
 ) -> None:
-    context = browser.new_context(viewport={"width": 1440, "height": 1000})
-    visitor = Visitor(context, served[0]).ready()
+    visitor = Visitor(browser, served[0], width=1440, height=1000).ready()
     page = visitor.page
     assert not page.is_visible("#sd-measure-run"), "nothing has been raced"
     raced(visitor, FORMULA, max_new_tokens=48)
@@ -111,7 +110,7 @@ def test_draft_lengths_are_measured_under_a_race_and_results_are_pinned(
     page.click(".sd-pins-delete >> nth=0")
     assert visitor.count(".sd-pins-table tbody tr") == 1
     assert visitor.errors == [] and visitor.outside == []
-    context.close()
+    page.close()
 
 
 def test_a_list_of_prompts_is_measured_in_the_tab(

@@ -24,6 +24,7 @@ from ..request import Request
 from ..session import pays
 from ..session.device import Engine
 from ..session.pays import Desk, View, Wanted
+from ..session.pays_prompts import MOST_BYTES, MOST_PROMPT_TOKENS, MOST_PROMPTS, read_prompts
 from .components import asset
 from .controls import Panel
 from .form import CONTROLS, settings_from_form
@@ -64,8 +65,8 @@ def pays_tab(desk: Desk, blocks: gr.Blocks, panel: Panel, examples: Sequence[dic
         with gr.Column(elem_id="sd-pays-rail", min_width=280, scale=0):
             prompts = gr.Textbox(
                 label="Prompts, one a line",
-                info=f"Or JSON Lines of id, category and prompt. At most {pays.MOST_PROMPTS} prompts, "
-                f"{pays.MOST_BYTES // 1024} KiB, {pays.MOST_PROMPT_TOKENS:,} tokens each.",
+                info=f"Or JSON Lines of id, category and prompt. At most {MOST_PROMPTS} prompts, "
+                f"{MOST_BYTES // 1024} KiB, {MOST_PROMPT_TOKENS:,} tokens each.",
                 lines=9,
                 max_lines=16,
                 elem_id="sd-pays-prompts",
@@ -75,7 +76,7 @@ def pays_tab(desk: Desk, blocks: gr.Blocks, panel: Panel, examples: Sequence[dic
                 html_template=asset("pays_file.html"),
                 js_on_load=asset("pays_file.js"),
                 apply_default_css=False,
-                most=pays.MOST_BYTES,
+                most=MOST_BYTES,
                 elem_id="sd-pays-file",
             )
             shipped = "\n".join(json.dumps(row, ensure_ascii=False) for row in examples)
@@ -109,7 +110,7 @@ def pays_tab(desk: Desk, blocks: gr.Blocks, panel: Panel, examples: Sequence[dic
         def wanted() -> Wanted:
             settings = settings_from_form(dict(zip(CONTROLS, values, strict=True)) | {"max_new_tokens": tokens})
             asked = Request("prompts", settings, system or None, drafter or None, thinking=bool(thinking))
-            return Wanted(tuple(pays.read_prompts(text)), asked, reports=True)
+            return Wanted(tuple(read_prompts(text)), asked, reports=True)
 
         visitor = _visitor(request, "list")
         kept.forget(visitor)
