@@ -22,7 +22,7 @@ from spec_decode.sources import Source, replay
 from spec_decode.ui import Engine, Limits, agents, build, launch_options
 
 # What a visitor may take where strangers may come, unless the flags say otherwise.
-PUBLIC = Limits(new_tokens=1024, seconds=120, lab=False)
+PUBLIC = Limits(new_tokens=1024, seconds=120, lab=False, measure=False)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -70,6 +70,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         default=os.environ.get("GRADIO_MCP_SERVER", "").lower() == "true",
         help="offer race, advise and prove as tools for agents (MCP), at gradio_api/mcp/; needs the package mcp",
+    )
+    parser.add_argument(
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        help="measuring draft lengths on a visitor's prompts, which takes minutes, in turns with the races of others "
+        "(default: on, but off where other machines can reach the page)",
     )
     arguments = parser.parse_args(argv)
     arguments.limits = limits(arguments)
@@ -151,6 +157,7 @@ def limits(arguments: argparse.Namespace) -> Limits:
         usual.new_tokens if tokens is None else tokens or None,
         usual.seconds if seconds is None else seconds or None,
         not shared if arguments.lab is None else arguments.lab,
+        not shared if arguments.measure is None else arguments.measure,
     )
 
 

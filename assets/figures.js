@@ -1,10 +1,11 @@
 // Four figures, drawn by the Plotly that comes with the plotly package and updated in place.
 // In: events sd-figures of the token view, {rate, acceptance, final} (see spec_decode/session/curves.py) or null to clear;
-// props.plotly, the path of the script.
+// events sd-measured, rows of draft lengths that were measured on the prompt of this race (assets/pays.js); props.plotly,
+// the path of the script.
 const root = element.querySelector(".sd-plots");
 const boxes = {};
 for (const node of root.querySelectorAll("[data-plot]")) boxes[node.dataset.plot] = node;
-let data = null, loading = null, scheduled = false;
+let data = null, measured = null, loading = null, scheduled = false;
 
 function plotly() {
   if (window.Plotly) return Promise.resolve(window.Plotly);
@@ -18,6 +19,8 @@ function plotly() {
   });
   return loading;
 }
+
+root.plotly = plotly; // for other figures of the page
 
 // Colours as the browser resolves them: in forced colours they are the system's.
 function look() {
@@ -46,6 +49,23 @@ function layout(c, x, y) {
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11, color: c.ink }, itemclick: false, itemdoubleclick: false },
     xaxis: axis(x), yaxis: axis(y), hoverlabel: { font: { family: c.font, size: 12 } },
   };
+}
+
+// Measured medians with their intervals; a policy, which has no γ, as a line with its interval at the end.
+function medians(c) {
+  const told = measured.filter((row) => row.speedup !== null), fixed = told.filter((row) => Number.isInteger(row.length));
+  const bars = (rows) => ({
+    type: "data", symmetric: false, color: c.bonus, thickness: 1.5, width: 4,
+    array: rows.map((row) => (row.high === null ? 0 : row.high - row.speedup)), arrayminus: rows.map((row) => (row.low === null ? 0 : row.speedup - row.low)),
+  });
+  const marks = {
+    x: fixed.map((row) => row.length), y: fixed.map((row) => row.speedup), name: "measured, 95 % interval", mode: "markers", marker: { symbol: "diamond", size: 9, color: c.bonus },
+    error_y: bars(fixed), hovertemplate: "γ = %{x}: %{y:.2f}× measured, median<extra></extra>",
+  };
+  return [marks, ...told.filter((row) => !Number.isInteger(row.length)).flatMap((row) => [
+    { x: [0.5, 8.4], y: [row.speedup, row.speedup], name: row.length + ", measured", mode: "lines", line: { color: c.bonus, width: 1.5, dash: "dash" }, hoverinfo: "skip" },
+    { x: [8.4], y: [row.speedup], showlegend: false, mode: "markers", marker: { symbol: "diamond-open", size: 9, color: c.bonus }, error_y: bars([row]), hovertemplate: row.length + ": %{y:.2f}× measured, median<extra></extra>" },
+  ])];
 }
 
 const CONFIG = { displayModeBar: false, responsive: true };
@@ -79,11 +99,12 @@ const draws = {
       traces.push({ x: there, y: m.predicted, customdata: m.low.map((low, i) => [low, m.high[i]]), name: "predicted", mode: "lines+markers", line: { color: c.accent, width: 2.5 }, marker: { size: 6 }, hovertemplate: "γ = %{x}: %{y:.2f}× predicted, %{customdata[0]:.2f}–%{customdata[1]:.2f}×<extra></extra>" });
       if (m.best) traces.push({ x: [m.best], y: [m.predicted[m.best - 1]], name: "best γ = " + m.best, mode: "markers", marker: { symbol: "circle-open", size: 15, color: c.accent, line: { width: 2.5 } }, hoverinfo: "skip" });
     }
-    const near = m.measured[0].map((n, i) => [n, m.measured[1][i]]).filter(([n]) => n <= 8);
+    if (measured) traces.push(...medians(c));
+    const near = measured ? [] : m.measured[0].map((n, i) => [n, m.measured[1][i]]).filter(([n]) => n <= 8);
     if (near.length) traces.push({ x: near.map((p) => p[0]), y: near.map((p) => p[1]), name: "this race", mode: "markers", marker: { symbol: "diamond", size: 9, color: c.bonus }, hovertemplate: "γ = %{x}: %{y:.2f}× in this race<extra></extra>" });
-    if (m.adaptive) traces.push({ x: [0.5, 8.5], y: [m.adaptive, m.adaptive], name: "this race, γ changing", mode: "lines", line: { color: c.bonus, width: 1.5, dash: "dash" }, hovertemplate: "%{y:.2f}× in this race<extra></extra>" });
+    if (m.adaptive && !measured) traces.push({ x: [0.5, 8.5], y: [m.adaptive, m.adaptive], name: "this race, γ changing", mode: "lines", line: { color: c.bonus, width: 1.5, dash: "dash" }, hovertemplate: "%{y:.2f}× in this race<extra></extra>" });
     const base = { type: "line", xref: "paper", x0: 0, x1: 1, y0: 1, y1: 1, line: { color: c.base, width: 1.5, dash: "dot" } };
-    return [traces, { ...layout(c, { title: "draft length γ", range: [0.5, 8.5], dtick: 1, rangemode: "normal" }, { title: "speedup ×" }), shapes: [base],
+    return [traces, { ...layout(c, { title: "draft length γ", range: [measured ? -0.5 : 0.5, 8.5], dtick: 1, rangemode: "normal" }, { title: "speedup ×" }), shapes: [base],
       annotations: m.predicted.length && !m.best ? [{ text: "no single best γ", xref: "paper", yref: "paper", x: 1, y: 0, xanchor: "right", yanchor: "bottom", showarrow: false, font: { size: 11, color: c.muted } }] : [] }];
   },
 };
@@ -94,7 +115,8 @@ function says(name) {
   if (name === "acceptance") return "Acceptance rate per round. Running mean " + Math.round(100 * (last(data.acceptance[2]) ?? 0)) + " percent.";
   if (name === "passes") return "Tokens per target pass: " + data.final.passes[0].map((n, i) => data.final.passes[1][i] + " passes gave " + n).join(", ") + ".";
   const m = data.final.model;
-  return "Predicted speedup by draft length, with the 90 percent band: " + m.predicted.map((x, i) => m.lengths[i] + ": " + x + ", " + m.low[i] + " to " + m.high[i]).join("; ") + ". " + (m.best ? "Best " + m.best + "." : "No single best.");
+  return "Predicted speedup by draft length, with the 90 percent band: " + m.predicted.map((x, i) => m.lengths[i] + ": " + x + ", " + m.low[i] + " to " + m.high[i]).join("; ") + ". " + (m.best ? "Best " + m.best + "." : "No single best.")
+    + (measured ? " Measured medians: " + measured.filter((row) => row.speedup !== null).map((row) => row.length + ": " + row.speedup.toFixed(2) + (row.low === null ? "" : ", " + row.low.toFixed(2) + " to " + row.high.toFixed(2))).join("; ") + "." : "");
 }
 
 // Drawing must not take the machine from an engine that runs on it too: about one part in 25 of the time at most.
@@ -118,8 +140,8 @@ async function draw() {
   const wanted = data.final ? ["rate", "acceptance", "passes", "model"] : ["rate", "acceptance"];
   for (const name of Object.keys(boxes)) {
     const box = boxes[name], canvas = box.querySelector(".sd-canvas");
-    const untold = name === "model" && data.final && !data.final.model; // a trace alone does not tell it
-    const empty = name === "model" && data.final && !data.final.model?.predicted.length;
+    const untold = name === "model" && data.final && !data.final.model && !measured; // a trace alone does not tell it
+    const empty = name === "model" && data.final && !data.final.model?.predicted.length && !measured;
     const full = wanted.includes(name) && !empty;
     box.dataset.state = full ? "drawn" : untold ? "untold" : data.final ? "none" : "waiting";
     if (!full) continue;
@@ -137,15 +159,23 @@ async function draw() {
 function receive(event) {
   if (!root.isConnected) return document.removeEventListener("sd-figures", receive);
   data = event.detail;
+  measured = null; // it belongs to the race before
   if (data && data.final) scheduled = false; // the last word is drawn at once
   if (data) return schedule();
   root.dataset.state = "idle";
   for (const box of Object.values(boxes)) box.dataset.state = "waiting";
 }
 
+function compare(event) {
+  if (!root.isConnected) return document.removeEventListener("sd-measured", compare);
+  measured = event.detail;
+  if (data && data.final) schedule();
+}
+
 new MutationObserver(schedule).observe(document.body, { attributes: true, attributeFilter: ["class"] });
 matchMedia("(forced-colors: active)").addEventListener("change", schedule);
 document.addEventListener("sd-figures", receive);
+document.addEventListener("sd-measured", compare);
 
 // Reading the script and drawing for the first time take the better part of a second. Both are done while the page is
 // idle and nothing races; a race that comes first loads it with its first figures, a second after its start.

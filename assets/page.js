@@ -28,7 +28,7 @@ SpecDecode.page = (view, player, clear) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); press("sd-run"); }
     taken = event.key === "Enter" && Boolean(list);
     if (event.key !== "Escape" || list) return;
-    if (!view.card.dismiss()) press("sd-stop", "sd-leave"); // what is open is closed before a race is stopped
+    if (!view.card.dismiss()) press("sd-stop", "sd-leave", "sd-measure-stop", "sd-measure-leave", "sd-pays-stop", "sd-pays-leave"); // what is open is closed before a race is stopped
   });
   // Gradio opens the list of a drop-down when it gets the focus and by nothing else, leaves it open when the focus goes on
   // by Tab, and drops the focus when an option is taken.
@@ -56,7 +56,8 @@ SpecDecode.page = (view, player, clear) => {
   // Focus does not fall to the body: where the element that had it was hidden, disabled or removed, it goes to whatever
   // took its place, at worst to the status line, or to the view of the other tab.
   const visible = (node) => node && node.isConnected && !node.disabled && node.getClientRects().length;
-  const rests = ["sd-status", "sd-lab-view"];
+  const rests = ["sd-status", "sd-lab-view", "sd-pays-view"];
+  const stops = (last) => ["sd-measure", "sd-pays"].filter((name) => last.id.startsWith(name)).flatMap((name) => [name + "-stop", name + "-leave", name + "-run"]);
   let last = null, fallen = false;
   listen("focusin", (event) => {
     last = event.target;
@@ -66,7 +67,7 @@ SpecDecode.page = (view, player, clear) => {
     const now = document.activeElement;
     const lost = last && (now === document.body || now === last) && !visible(last);
     if (!lost && !(fallen && rests.includes(now.id))) return;
-    const next = ["sd-stop", "sd-leave", "sd-run", "sd-lab-stop", "sd-lab-run"].map((id) => document.getElementById(id)).find(visible);
+    const next = [...stops(last), "sd-stop", "sd-leave", "sd-run", "sd-lab-stop", "sd-lab-run"].map((id) => document.getElementById(id)).find(visible);
     const status = rests.map((id) => document.getElementById(id)).find(visible);
     if (!next && status) status.tabIndex = -1;
     fallen = !next;

@@ -55,6 +55,8 @@ SpecDecode.player = (view, shipped) => {
     Object.assign(race.pieces, recording.data.pieces);
     race.whole = recording.data;
     race.final = { stats: recording.stats, figures: recording.figures };
+    const { request, pair, machine, versions, date } = recording.data;
+    race.head = { request, pair, machine, versions, date };
     race.span = recording.order[recording.order.length - 1].clock;
     view.reset(race);
     document.dispatchEvent(new CustomEvent("sd-figures", { detail: null }));

@@ -30,6 +30,7 @@ SpecDecode.Race = class {
   constructor(about = null, costs = null) {
     this.about = about;
     this.costs = costs;
+    this.head = null; // of a finished race: its request, pair, machine, versions and date
     this.rounds = { baseline: [], speculative: [] };
     this.order = []; // of both lanes, as they came
     this.whole = null; // the trace that is played, or what of a race's own trace is no round (session/stream.py)

@@ -135,6 +135,7 @@ SpecDecode.view = (root, terms) => {
   view.show = ({ phase, stats, about, reading, notes, recording = "" }) => {
     const was = root.dataset.phase, over = phase === "done" || phase === "failed" || recording === "ended";
     const idle = phase === "idle" && !recording;
+    view.shown = { phase, stats, about, recording }; // for what keeps or shares a result
     root.dataset.phase = phase;
     if (recording) root.dataset.recording = recording;
     else delete root.dataset.recording;

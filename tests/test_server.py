@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -440,7 +441,13 @@ def test_a_race_over_the_limits_is_refused_or_ends_like_stop(served: Served, mon
         ([], {"GRADIO_SERVER_NAME": "0.0.0.0"}, app.PUBLIC),
         ([], {"GRADIO_SHARE": "True"}, app.PUBLIC),
         ([], {"SYSTEM": "spaces"}, app.PUBLIC),
-        (["--host", "0.0.0.0", "--max-seconds", "0", "--max-new-tokens-limit", "0"], {}, Limits(lab=False)),
+        (
+            ["--host", "0.0.0.0", "--max-seconds", "0", "--max-new-tokens-limit", "0"],
+            {},
+            Limits(lab=False, measure=False),
+        ),
+        (["--host", "0.0.0.0", "--measure"], {}, replace(app.PUBLIC, measure=True)),
+        (["--no-measure", "--no-lab"], {}, Limits(lab=False, measure=False)),
         (["--max-seconds", "9", "--max-new-tokens-limit", "8"], {}, Limits(8, 9)),
     ],
 )

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import flags
 from ..errors import UserError, quoted
-from ..events import Trace
 from ..settings import Settings
 from . import datasets
 from .engines import KINDS
@@ -35,8 +34,6 @@ T = TypeVar("T")
 Say = Callable[[str], None]
 
 REPEATS = 3
-# Of the machine, what measurements of one file must agree in; threads and the like are chosen anew at every load.
-FIXED = ("processor", "cores", "cpu_capability", "gpu")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -130,6 +127,7 @@ def run(
     from ..sources.local import LocalSource
     from .gauges import Gauges, read_bandwidth
     from .method import Bench, Instruments
+    from .reports import header as header_of
 
     pair = load_pair(**choice, progress=say)
     source = LocalSource(pair, own=choice["drafter"], drafters=wanted.drafters[1:])
@@ -140,7 +138,8 @@ def run(
     say("Warming up …")
     traces = bench.warm_up()
     bandwidth = read_bandwidth(pair.info["device"])
-    header = _header(bench, traces, {"bandwidth": bandwidth, "missing": gauges.missing})
+    command = f"python -m spec_decode {shlex.join(sys.argv[1:])}"
+    header = header_of(bench, traces, {"bandwidth": bandwidth, "missing": gauges.missing}, command)
     path = _raw(arguments, header)
     with Record(path, header) as record:
         found = record.contents
@@ -269,26 +268,6 @@ def _measure(bench: Bench, record: Record, pair: Pair, extras: Extras, say: Say)
     record.note("end", datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
 
 
-def _header(bench: Bench, traces: dict[str, Trace], instruments: dict[str, Any]) -> dict[str, Any]:
-    """What a file says of its measurements. traces: of a race with each drafter."""
-    trace = next(iter(traces.values()))
-    revisions = {name: found.pair.get("revisions", {}).get("drafter") for name, found in traces.items()}
-    told = json.dumps(bench.prompts, ensure_ascii=False, sort_keys=True).encode()
-    plan = bench.grid.to_dict() | {"prompts": len(bench.prompts), "sha256": hashlib.sha256(told).hexdigest()}
-    machine = trace.machine
-    return {
-        "command": f"python -m spec_decode {shlex.join(sys.argv[1:])}",
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "pair": {**trace.pair, "drafters": revisions},
-        "machine": {name: machine[name] for name in FIXED if name in machine},
-        "setup": {name: value for name, value in machine.items() if name not in FIXED},
-        "versions": trace.versions,
-        "plan": plan,
-        "planned": len(bench.grid.order(len(bench.prompts))),
-        "instruments": instruments,
-    }
-
-
 def _named(wanted: Grid, own: str) -> Grid:
     """The grid with the source's own name for its first drafter."""
     from dataclasses import replace
@@ -328,27 +307,16 @@ def _raw(arguments: argparse.Namespace, header: dict[str, Any]) -> Path:
 
 def _write(arguments: argparse.Namespace, contents: Any, raw: Path) -> None:
     """Prints the report, and writes it where it is asked for."""
-    from .advice import advise
-    from .markdown import markdown
-    from .summary import report
+    from .reports import Reports
 
-    told = advise(contents.measurements)
-    advice = [found.text if len(told) == 1 else f"**{found.title}.** {found.text}" for found in told]
-    figures = {**report(contents, raw.name), "advice": [found.to_dict() for found in told]}
-    text = markdown(figures, advice)
-    print(text, end="")
+    made = Reports(contents, raw.name)
+    print(made.markdown, end="")
     if arguments.markdown:
-        Path(arguments.markdown).write_text(text, encoding="utf-8")
+        Path(arguments.markdown).write_text(made.markdown, encoding="utf-8")
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(arguments.json).write_text(made.json, encoding="utf-8")
     if arguments.html:
-        from .chart import both
-        from .model import explain, setups
-        from .page import page
-
-        device = str(contents.header.get("pair", {}).get("device", "cpu"))
-        why = [both(explain(races, device)) for races in setups(contents.measurements).values()]
-        Path(arguments.html).write_text(page(figures, advice, why), encoding="utf-8")
+        Path(arguments.html).write_text(made.html, encoding="utf-8")
 
 
 def _list(text: str | None, convert: Callable[[str], T], name: str) -> tuple[T, ...]:

@@ -86,12 +86,16 @@ class Bench:
             for context in self.grid.contexts or (None,):
                 text = prompt["prompt"]
                 if context is not None:
-                    text = extended(text, context, self._tokens)
+                    text = extended(text, context, self.tokens)
                 self._texts[number, context] = text
-                self._tokens(text)
+                self.tokens(text)
 
-    def _tokens(self, text: str) -> int:
-        """Tokens of a prompt, its chat template included."""
+    def tokens(self, text: str) -> int:
+        """Tokens of a prompt, its chat template included.
+
+        Raises:
+            PromptError: it is too long.
+        """
         race = self.source.race(Request(text, self.grid.settings))
         try:
             return race.trace.prompt_tokens
@@ -126,6 +130,10 @@ class Bench:
         self.warmed += 1
         self._loaded = drafter
         return race.trace
+
+    def cold(self) -> None:
+        """Somebody else has used the source: the next race is warmed up for."""
+        self._loaded = None
 
     def left(self, done: Collection[Measurement] = ()) -> list[Task]:
         """The tasks that are not among these measurements, in their order."""

@@ -62,7 +62,7 @@ def report(contents: Contents, raw: str) -> dict[str, Any]:
         "raw": raw,
         "models": _models(ours),
         "costs": {m.condition.drafter: m.costs.to_dict() for m in reversed(ours) if m.costs},
-        "conditions": [_condition(c, told, [m for m in ours if m.condition == c]) for c in told],
+        "conditions": [result(c, told, [m for m in ours if m.condition == c]) for c in told],
         "peers": _peers(peers, ours, notes.get("peers", {})),
         "spread": spread(ours),
         "prompts": _rows(ours),
@@ -88,7 +88,9 @@ def label(condition: Condition, among: Sequence[Condition] = ()) -> str:
     return ", ".join(words)
 
 
-def _condition(condition: Condition, among: Sequence[Condition], found: Sequence[Measurement]) -> dict[str, Any]:
+def result(condition: Condition, among: Sequence[Condition], found: Sequence[Measurement]) -> dict[str, Any]:
+    """The figures of one condition, `Report["conditions"]` has one for each. `found` are its measurements, at least
+    one."""
     speedup = _estimate(found, lambda m: m.speedup)
     between = scatter(_grouped(found, lambda m: m.speedup))
     drafted = sum(m.speculative.drafted for m in found)

@@ -121,8 +121,8 @@ def ask(engine: Engine, question: Question) -> Iterator[Progress | Answer]:
         long. ModelError: there is no model, or the drafter cannot be used. UserError: not one race was finished.
     """
     limits = engine.limits
-    if not limits.lab:
-        raise SettingsError("lab", "Measurements for advice are switched off on this server.")
+    if not limits.measure:
+        raise SettingsError("measure", "Measurements for advice are switched off on this server.")
     limits.check(question.settings)
     source = _Stoppable(engine.source)
     if source.recording:
@@ -148,15 +148,16 @@ def ask(engine: Engine, question: Question) -> Iterator[Progress | Answer]:
 
     races = bench.run()
     try:
-        yield Progress(0, of)
-        yield from wait(bench.check)
-        yield from wait(bench.warm_up)
-        while len(found) < of and time.perf_counter() < end:
-            measured = yield from wait(lambda: next(races, None))
-            if measured is None or source.stopped:  # what was stopped is no measurement
-                break
-            found.append(measured)
-            yield Progress(len(found), of)
+        with engine.turns.shared():
+            yield Progress(0, of)
+            yield from wait(bench.check)
+            yield from wait(bench.warm_up)
+            while len(found) < of and time.perf_counter() < end:
+                measured = yield from wait(lambda: next(races, None))
+                if measured is None or source.stopped:  # what was stopped is no measurement
+                    break
+                found.append(measured)
+                yield Progress(len(found), of)
     except _Stopped:
         pass
     finally:
@@ -241,6 +242,10 @@ class _Stoppable:
     @property
     def can_think(self) -> bool:
         return self._source.can_think
+
+    @property
+    def can_branch(self) -> bool:
+        return self._source.can_branch
 
     @property
     def promises(self) -> Promises:

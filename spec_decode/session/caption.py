@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..drafters.kinds import KINDS, PERSON
-from ..events import Promises
+from ..events import Promises, Trace
 from ..request import Request
 from ..settings import Settings
 from ..sources import Recording
@@ -54,6 +54,19 @@ def about(
         "rejected": promises.rejected,
         "limit": settings.max_new_tokens,
         "given": request.prefix is not None or bool(request.draft),
+    }
+
+
+def head(trace: Trace) -> dict[str, Any]:
+    """What the page keeps of a finished race beside its rounds: {"request", "pair", "machine", "versions", "date"}. The
+    request is the visitor's own and stays whole; of local paths in the rest the last component is left."""
+    told = trace.exported()
+    return {
+        "request": trace.request,
+        "pair": told.pair,
+        "machine": told.machine,
+        "versions": told.versions,
+        "date": told.date,
     }
 
 

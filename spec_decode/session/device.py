@@ -1,8 +1,9 @@
 """The device of the page: loads its source in the background, then runs one race at a time on one thread.
 
-In: a loader of a `Source`. Out: `status()` for the page, and `open`, `advance`, `close` for a race. The source is
-called on one worker thread alone, since thread-local state (inference mode, CUDA context, thread teams) must not change
-under a race. A race advances only while `advance` waits for it, so sending and drawing never run on a lane's clock.
+In: a loader of a `Source`. Out: `status()` for the page, `open`, `advance`, `close` for a race, and `turns` for what
+must not run beside one. The source is called on one worker thread alone, since thread-local state (inference mode, CUDA
+context, thread teams) must not change under a race. A race advances only while `advance` waits for it, so sending and
+drawing never run on a lane's clock.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -53,11 +55,13 @@ class Status:
 @dataclass(frozen=True)
 class Limits:
     """What one visitor may take of a device that is shared: new tokens a lane, and seconds of a race or a test, where
-    None sets no limit; and whether there are exactness tests and measurements for advice (`lab`), which are long."""
+    None sets no limit; whether there is an exactness lab (`lab`), and whether draft lengths can be measured, which
+    takes minutes (`measure`)."""
 
     new_tokens: int | None = None
     seconds: float | None = None
     lab: bool = True
+    measure: bool = True
 
     def check(self, settings: Settings) -> None:
         """Raises SettingsError where these settings ask for more."""
@@ -66,6 +70,66 @@ class Limits:
                 "max_new_tokens",
                 f"This server writes at most {self.new_tokens:,} new tokens a lane, not {settings.max_new_tokens:,}.",
             )
+
+
+class Turns:
+    """Whose turn it is: of races, or of one measurement that takes minutes as a whole and must not be disturbed.
+
+    A measurement has the device alone, once no race is open and none waits; so a race waits for one measurement at
+    most, never for the whole of them. Between two races it is the turn of a measurement: Gradio begins the next race a
+    moment after the last. Races among themselves are kept apart by Gradio's queue.
+
+    Attributes:
+        races: how many were begun so far.
+    """
+
+    def __init__(self) -> None:
+        self.races = 0
+        self._changed = threading.Condition()
+        self._open = self._waiting = 0
+        self._measuring = False
+
+    def begin_race(self) -> None:
+        """Waits until no measurement runs."""
+        with self._changed:
+            self._waiting += 1
+            try:
+                self._changed.wait_for(lambda: not self._measuring)
+            finally:
+                self._waiting -= 1
+            self._open += 1
+            self.races += 1
+
+    def end_race(self) -> None:
+        """A race that was begun is over."""
+        with self._changed:
+            self._open -= 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """The turn of something that takes the device as a race does."""
+        self.begin_race()
+        try:
+            yield
+        finally:
+            self.end_race()
+
+    @contextmanager
+    def alone(self, given_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+        """Waits until nothing else uses the device, and keeps races waiting. False once it was given up before that,
+        which is asked a few times a second."""
+        with self._changed:
+            while not (free := not (self._measuring or self._open or self._waiting)) and not given_up():
+                self._changed.wait(0.2)
+            self._measuring = self._measuring or free
+        try:
+            yield free
+        finally:
+            if free:
+                with self._changed:
+                    self._measuring = False
+                    self._changed.notify_all()
 
 
 class Engine:
@@ -79,6 +143,7 @@ class Engine:
         self._load = load
         self._thinking = thinking
         self.limits = limits or Limits()
+        self.turns = Turns()
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         self._status = Status("loading", "Starting.") if load else Status("absent", ABSENT)
         self._lock = threading.Lock()
@@ -124,7 +189,12 @@ class Engine:
         """
         self.limits.check(request.settings)
         source = self.source
-        opened = OpenRace(self.submit(lambda: source.race(request)).result(), self.submit)
+        self.turns.begin_race()
+        try:
+            opened = OpenRace(self.submit(lambda: source.race(request)).result(), self.submit, self.turns.end_race)
+        except BaseException:
+            self.turns.end_race()
+            raise
         self._running[visitor] = opened
         return opened
 
@@ -193,10 +263,14 @@ def _log(message: str) -> None:
 class OpenRace:
     """A race on the engine's thread, advanced slice by slice."""
 
-    def __init__(self, race: Race, submit: Callable[[Callable[[], Any]], Future[Any]]) -> None:
+    def __init__(
+        self, race: Race, submit: Callable[[Callable[[], Any]], Future[Any]], ended: Callable[[], None] = lambda: None
+    ) -> None:
+        """`ended` is called once, when the race is closed."""
         self.request = race.request
         self._race = race
         self._submit = submit
+        self._ended = ended
         self._steps = race.steps()
         self.reading: Reading | None = None  # how far a long prompt has been read, while no lane has a token
         self.notes: list[Note] = []  # what the engine said of its lanes so far
@@ -262,3 +336,4 @@ class OpenRace:
             self._closed = True
             self._race.stop()
             self._submit(self._race.close)
+            self._ended()

@@ -68,16 +68,17 @@ def steps(engine: Engine, setup: Setup) -> Iterator[tuple[Experiment, bool]]:
         raise SettingsError("lab", "The exactness lab is switched off on this server.")
     if setup.seeds > MOST:
         raise SettingsError("seeds", f"A test here has at most {MOST:,} texts.")
-    test = engine.submit(lambda: _open(setup)).result()
-    texts = test.run()
-    limit = engine.limits.seconds
-    began = time.perf_counter()
-    done = False
-    yield test, False
-    while not done:
-        done = engine.submit(lambda: _advance(texts)).result()
-        done = done or (limit is not None and time.perf_counter() - began > limit)
-        yield test, done
+    with engine.turns.shared():
+        test = engine.submit(lambda: _open(setup)).result()
+        texts = test.run()
+        limit = engine.limits.seconds
+        began = time.perf_counter()
+        done = False
+        yield test, False
+        while not done:
+            done = engine.submit(lambda: _advance(texts)).result()
+            done = done or (limit is not None and time.perf_counter() - began > limit)
+            yield test, done
 
 
 def proved(test: Experiment) -> dict[str, Any]:

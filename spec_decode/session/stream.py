@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..events import Trace
 from ..request import Request
 from .branch import offer
-from .caption import about
+from .caption import about, head
 from .curves import Curves, Throttle, final
 from .device import Engine
 from .feed import Feed
@@ -95,6 +95,8 @@ def run(
                 start = time.perf_counter()
                 more["figures"] = curves.live() | {"final": final(trace) if trace else None}
                 throttle.drawn(time.perf_counter() - start)
+            if trace:
+                more["head"] = head(trace)
             if race.reading:
                 more["reading"] = [race.reading.read, race.reading.total]
             if trace and trace.costs:

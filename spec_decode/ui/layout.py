@@ -16,6 +16,7 @@ from starlette.middleware import Middleware
 from ..paths import ASSETS
 from ..session.device import Engine
 from ..session.feed import Feeds
+from ..session.pays import Desk
 from ..session.recordings import shipped
 from .api import endpoints
 from .branch import asked
@@ -23,6 +24,8 @@ from .components import asset, figures, token_view
 from .controls import settings_panel
 from .head import TITLE, Head, routes
 from .lab import lab_tab
+from .pays import MEASURE, measure_panel, pays_tab
+from .pins import pinned
 from .server import Guard, Server
 from .share import ask, connect, share_row
 from .share import routes as replay_file
@@ -55,9 +58,10 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
     feeds = Feeds()
     with Server(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(600, 3600)) as blocks:
         _html(asset("header.html"), "sd-header")
-        lab = engine.limits.lab
-        tabs = gr.Tabs(elem_id="sd-tabs") if lab else nullcontext()
-        with tabs, gr.Tab("Race") if lab else nullcontext(), gr.Row(elem_id="sd-page"):
+        lab, measure, desk = engine.limits.lab, engine.limits.measure, Desk(engine)
+        several = lab or measure
+        tabs = gr.Tabs(elem_id="sd-tabs") if several else nullcontext()
+        with tabs, gr.Tab("Race", id="race") if several else nullcontext(), gr.Row(elem_id="sd-page"):
             with gr.Column(elem_id="sd-rail", min_width=280, scale=0):
                 prompt = gr.Textbox(
                     label="Prompt",
@@ -93,8 +97,14 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
                         "Download trace (JSON)", size="sm", elem_id="sd-download", interactive=False
                     )
                     share = share_row()
-                view = token_view(feeds, shipped() if recordings else (), offered(lab))
                 figures()
+                if measure:
+                    measure_panel(desk, blocks)
+                pinned(engine, prompt, panel)
+        if measure:
+            with tabs, gr.Tab("Does it pay?", id="pays"):
+                pays_tab(desk, blocks, panel, examples())
+        broken = None
         if lab:
             with tabs, gr.Tab("Exactness lab", id="lab"):
                 broken = lab_tab(engine)
@@ -122,13 +132,13 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
             blocks,
         )
         connect(engine, share, page)
-        wire_tour(engine, blocks, prompt, panel, (tabs, broken) if isinstance(tabs, gr.Tabs) else None)
+        wire_tour(engine, blocks, prompt, panel, (tabs, broken) if broken and isinstance(tabs, gr.Tabs) else None)
         for name, endpoint in endpoints(engine).items():
             api(endpoint, api_name=name, concurrency_id=DEVICE, concurrency_limit=1)
     blocks.queue(max_size=max_queue, api_open=False)
     # Gradio looks for new events a thousand times a second, in the process that decodes; fifty times is soon enough.
     blocks._queue.sleep_when_free = 0.02
-    blocks.guard = Guard(engine, blocks, DEVICE)
+    blocks.guard = Guard(engine, blocks, DEVICE, MEASURE)
     return blocks
 
 

@@ -60,12 +60,12 @@ class Server(gr.Blocks):
 class Guard:
     """Admits calls to the queue of `blocks`, which must exist, and removes those that nobody listens to."""
 
-    def __init__(self, engine: Engine, blocks: gr.Blocks, device: str) -> None:
-        """`device` is the concurrency id of races."""
+    def __init__(self, engine: Engine, blocks: gr.Blocks, *devices: str) -> None:
+        """`devices` are the concurrency ids of what takes the device."""
         self.engine = engine
         self.listening: Counter[str] = Counter()  # open event streams by session, or by event
         self._queue = queue = blocks._queue
-        self._device = device
+        self._devices = devices
         # One address, such as a university's, may stand for many people; still it is not to take all places.
         self._most_of_address = max(WAITING, (queue.max_size or 32) // 4)
         self._unheard: dict[str, float] = {}  # event, or session without events → since when nobody listens
@@ -84,8 +84,8 @@ class Guard:
             raise HTTPException(400, "There is no such function here.")
         if len(body.data) < len(fn.inputs):
             raise HTTPException(400, f"The call has {len(body.data)} arguments of {len(fn.inputs)}.")
-        if fn.concurrency_id == self._device:
-            line = self._queue.event_queue_per_concurrency_id.get(self._device)
+        if fn.concurrency_id in self._devices:
+            line = self._queue.event_queue_per_concurrency_id.get(fn.concurrency_id)
             waiting = line.queue if line else []
             if body.session_hash and sum(e.session_hash == body.session_hash for e in waiting) >= WAITING:
                 raise HTTPException(429, f"You have {WAITING} races waiting already; wait until one of them runs.")

@@ -71,7 +71,7 @@ def theme() -> gr.themes.Base:
     return base.set(**values)
 
 
-STYLES = ("app.css", "page.css", "lab.css", "tour.css", "share.css", "branch.css")
+STYLES = ("app.css", "page.css", "lab.css", "tour.css", "share.css", "branch.css", "pays.css", "pins.css")
 
 
 def style() -> str:
