@@ -247,7 +247,7 @@ class Bench:
     def room(self) -> int:
         """Tokens that later turns may add to a prompt, at most: answers, and questions with their templates."""
         more = (self.grid.turns or 1) - 1
-        return more and more * (self.grid.settings.max_new_tokens + max(self._tokens(text) for text in FOLLOW_UPS))
+        return more and more * (self.grid.settings.max_new_tokens + max(self.tokens(text) for text in FOLLOW_UPS))
 
     def _ids_of(self, task: Task, history: tuple[tuple[str, str], ...]) -> list[int]:
         if not history:

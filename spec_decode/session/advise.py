@@ -21,11 +21,11 @@ from ..bench.measurement import Measurement
 from ..bench.method import Bench
 from ..bench.plan import Grid
 from ..errors import ModelError, SettingsError, UserError
-from ..events import Promises
 from ..request import Request
 from ..settings import Settings
-from ..sources import Race, Recording, Source
+from ..sources import Source
 from .device import Engine
+from .held import Held
 from .summary import names
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ def ask(engine: Engine, question: Question) -> Iterator[Progress | Answer]:
     if not limits.measure:
         raise SettingsError("measure", "Measurements for advice are switched off on this server.")
     limits.check(question.settings)
-    source = _Stoppable(engine.source)
+    source = Held(engine.source)
     if source.recording:
         raise ModelError("This server plays a recording; advice needs a model to measure.")
     began = time.perf_counter()
@@ -152,14 +152,12 @@ def ask(engine: Engine, question: Question) -> Iterator[Progress | Answer]:
             yield Progress(0, of)
             yield from wait(bench.check)
             yield from wait(bench.warm_up)
-            while len(found) < of and time.perf_counter() < end:
+            while len(found) < of and not source.stopped and time.perf_counter() < end:
                 measured = yield from wait(lambda: next(races, None))
                 if measured is None or source.stopped:  # what was stopped is no measurement
                     break
                 found.append(measured)
                 yield Progress(len(found), of)
-    except _Stopped:
-        pass
     finally:
         source.stop()
     if not found:
@@ -217,51 +215,3 @@ def _estimated(found: Sequence[Measurement], pick: Callable[[Measurement], float
 def _middle(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
-
-
-class _Stopped(Exception):
-    """The measurement was stopped, so no other race begins."""
-
-
-class _Stoppable:
-    """A source whose race can be stopped from any thread, after which it begins no other."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._race: Race | None = None
-        self.stopped = False
-
-    @property
-    def info(self) -> dict[str, Any]:
-        return self._source.info
-
-    @property
-    def drafters(self) -> tuple[str, ...]:
-        return self._source.drafters
-
-    @property
-    def can_think(self) -> bool:
-        return self._source.can_think
-
-    @property
-    def can_branch(self) -> bool:
-        return self._source.can_branch
-
-    @property
-    def promises(self) -> Promises:
-        return self._source.promises
-
-    @property
-    def recording(self) -> Recording | None:
-        return self._source.recording
-
-    def race(self, request: Request) -> Race:
-        if self.stopped:
-            raise _Stopped
-        self._race = self._source.race(request)
-        return self._race
-
-    def stop(self) -> None:
-        self.stopped = True
-        if self._race:
-            self._race.stop("time")

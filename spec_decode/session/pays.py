@@ -24,12 +24,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError, SettingsError, UserError
-from ..events import Promises
 from ..request import Request
-from ..sources import Race, Recording, Source
 from .caption import caption
 from .device import Engine
 from .feed import dumps
+from .held import Held
 from .pays_prompts import MOST_PROMPT_TOKENS, Prompt
 from .pays_tables import baseline, categories, notes, row
 
@@ -74,6 +73,18 @@ class Wanted:
         prompt = {"id": "this prompt", "category": "prompts", "prompt": asked.prompt}
         return cls((prompt,), replace(asked, settings=few))
 
+    def shape(self, request: Request) -> Request:
+        """A request of the benchmark, asked as this one is."""
+        asked = self.request
+        return replace(
+            request,
+            system=asked.system,
+            thinking=asked.thinking,
+            truncate=asked.truncate,
+            prefix=asked.prefix,
+            drafter=request.drafter or asked.drafter,
+        )
+
     def check(self, engine: Engine) -> None:
         """Raises UserError where this server does not measure it."""
         settings = self.request.settings
@@ -96,64 +107,6 @@ class View:
 
     text: str
     reports: dict[str, str] = field(default_factory=dict)
-
-
-class Held:
-    """The source of the device for one job: what it races can be stopped from another thread, and asks as the job's
-    request does."""
-
-    def __init__(self, source: Source, request: Request) -> None:
-        self._source, self._request = source, request
-        self._race: Race | None = None
-        self.stopped = False
-
-    @property
-    def info(self) -> dict[str, Any]:
-        return self._source.info
-
-    @property
-    def drafters(self) -> tuple[str, ...]:
-        return self._source.drafters
-
-    @property
-    def can_think(self) -> bool:
-        return self._source.can_think
-
-    @property
-    def promises(self) -> Promises:
-        return self._source.promises
-
-    @property
-    def recording(self) -> Recording | None:
-        return self._source.recording
-
-    def race(self, request: Request) -> Race:
-        asked = self._request
-        race = self._source.race(
-            replace(
-                request,
-                system=asked.system,
-                thinking=asked.thinking,
-                truncate=asked.truncate,
-                prefix=asked.prefix,
-                drafter=request.drafter or asked.drafter,
-            )
-        )
-        self._race = race
-        if self.stopped:
-            race.stop()
-        return race
-
-    def stop(self) -> None:
-        """Ends the race under way within a round, and every later one at once."""
-        self.stopped = True
-        if race := self._race:
-            race.stop()
-
-    def cut(self) -> None:
-        """Ends the race under way alone, which has taken as long as a race may."""
-        if race := self._race:
-            race.stop("time")
 
 
 class Desk:
@@ -259,7 +212,7 @@ class Job:
         from ..bench.reports import header
 
         wanted, source = self._wanted, self._engine.source
-        self._held = held = Held(source, wanted.request)
+        self._held = held = Held(source, wanted.shape)
         if self._stopped.is_set():
             held.stop()
         settings = wanted.request.settings
