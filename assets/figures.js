@@ -1,4 +1,4 @@
-// Four figures, drawn by the Plotly that comes with the plotly package and updated in place.
+// Four figures, drawn by the basic bundle of plotly.js (assets/plotly-basic.min.js) and updated in place.
 // In: events sd-figures of the token view, {rate, acceptance, final} (see spec_decode/session/curves.py) or null to clear;
 // props.plotly, the path of the script.
 const root = element.querySelector(".sd-plots");

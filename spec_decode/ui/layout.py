@@ -24,7 +24,7 @@ from .head import TITLE, Head, routes
 from .lab import lab_tab
 from .server import Guard, Server
 from .theme import style, theme
-from .wiring import DEVICE, QUIET, Page, wire
+from .wiring import DEVICE, QUIET, Page, status_html, wire
 
 
 def launch_options() -> dict[str, Any]:
@@ -116,6 +116,7 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
     # Gradio looks for new events a thousand times a second, in the process that decodes; fifty times is soon enough.
     blocks._queue.sleep_when_free = 0.02
     blocks.guard = Guard(engine, blocks, DEVICE)
+    blocks.current = {status._id: lambda: status_html(engine.status())}
     return blocks
 
 
