@@ -221,9 +221,8 @@ def main() -> int:
             digits = 3 if not row.unit and row.budget else 1 if row.unit == "ms" else 0
             unit = f" {row.unit}" if row.unit else ""
             budget = "" if row.budget is None else f"< {row.budget:g}{unit}"
-            print(
-                f"| {row.name} | {row.screen} | {row.value:.{digits}f}{unit}{' (over)' if row.over else ''} | {budget} |"
-            )
+            over = " (over)" if row.over else ""
+            print(f"| {row.name} | {row.screen} | {row.value:.{digits}f}{unit}{over} | {budget} |")
         browser.close()
     return int(any(row.over for row in rows))
 
