@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import glob
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from ui_fakes import FakeSource, fake_load
 pytestmark = [pytest.mark.long, pytest.mark.browser]
 
 FIREFOX = next(filter(None, map(shutil.which, ("firefox-esr", "firefox"))), None)
+MINI_BROWSER = sorted(glob("/usr/lib/*/webkit2gtk-4*/MiniBrowser"))
 # what went wrong on the page, from its first script on
 LISTEN = """
 window.wrong = [];
@@ -57,8 +59,8 @@ def firefox() -> Iterator[Any]:
 def webkit() -> Iterator[Any]:
     """As `firefox`, in WebKitGTK's MiniBrowser."""
     selenium = pytest.importorskip("selenium.webdriver", reason="needs the package selenium")
-    if shutil.which("WebKitWebDriver") is None:
-        pytest.skip("no WebKitWebDriver")
+    if shutil.which("WebKitWebDriver") is None or not MINI_BROWSER:
+        pytest.skip("no WebKitWebDriver or no MiniBrowser")
     display = None
     if not os.environ.get("DISPLAY"):
         if shutil.which("Xvfb") is None:
@@ -68,6 +70,8 @@ def webkit() -> Iterator[Any]:
         time.sleep(1)
     try:
         options = selenium.WebKitGTKOptions()
+        options.binary_location = MINI_BROWSER[0]
+        options.add_argument("--automation")
         driver = selenium.WebKitGTK(options, selenium.WebKitGTKService(shutil.which("WebKitWebDriver")))
         try:
             driver.set_window_size(1280, 900)

@@ -62,9 +62,9 @@ def figures() -> gr.HTML:
     hands them on in the page: one wire, one output for Gradio to process.
 
     `gr.Plot` builds a figure anew for each update, which flickers and loses the visitor's place, so the figures are
-    drawn here by `Plotly.react`, with the basic bundle of plotly.js, which has lines, markers and bars. It is served from
-    this machine. The whole plotly.js, which the plotly package ships, has four times its size, and a browser is blocked
-    for most of a second while it reads that.
+    drawn here by `Plotly.react`, with the basic bundle of plotly.js, which has lines, markers and bars. It is served
+    from this machine. The whole plotly.js, which the plotly package ships, has four times its size, and a browser is
+    blocked for most of a second while it reads that.
     """
     script = ASSETS / "plotly-basic.min.js"
     gr.set_static_paths([script])
