@@ -86,10 +86,10 @@ FITS = "document.documentElement.scrollWidth <= window.innerWidth"
 MOVING = """() => document.getAnimations()
   .filter((a) => a.playState === "running" && a.effect.target.closest(".gradio-container"))
   .map((a) => a.effect.target.className + " " + (a.animationName || a.transitionProperty))"""
-# controls that can be seen
+# controls that can be seen; terms and drawings are told from the text around them by nothing but the pointer
 CONTROLS = """() => [...document.querySelectorAll("button, input, select, textarea, [role=slider]")]
   .filter((e) => e.checkVisibility({ visibilityProperty: true, opacityProperty: true }) && e.getClientRects().length
-    && !e.matches(".sd-how, .sd-term")).map((e) => e.id || e.className || e.tagName)"""
+    && !e.matches(".sd-how, .sd-term, .sd-t-box")).map((e) => e.id || e.className || e.tagName)"""
 # in forced colours backgrounds are gone: buttons that have no edge
 EDGES = """() => [...document.querySelectorAll("#sd-run, #sd-clear, .sd-pick, .sd-chip, .sd-i-head button:not(.sd-tip-close), .sd-t-zoom button")]
   .filter((e) => e.getClientRects().length && (getComputedStyle(e).borderTopStyle === "none" || parseFloat(getComputedStyle(e).borderTopWidth) < 1))
