@@ -61,6 +61,7 @@ SpecDecode.player = (view, recordings) => {
       title.textContent = problem;
       return view.say(problem);
     }
+    view.say("");
     const race = new SpecDecode.Race(recording.about, recording.data.costs);
     Object.assign(race.pieces, recording.data.pieces);
     race.span = recording.order[recording.order.length - 1].clock;
