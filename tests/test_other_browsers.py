@@ -46,7 +46,7 @@ def firefox() -> Iterator[Any]:
     driver = pytest.importorskip("marionette_driver.marionette", reason="needs the package marionette-driver")
     if FIREFOX is None:
         pytest.skip("no Firefox")
-    client = driver.Marionette(bin=FIREFOX, headless=True, port=free_port())
+    client = driver.Marionette(bin=FIREFOX, headless=True, port=free_port(), gecko_log=os.devnull)
     client.start_session()
     try:
         client.set_window_rect(width=1280, height=900)
