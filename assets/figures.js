@@ -1,4 +1,4 @@
-// Four figures, drawn by the Plotly that comes with the plotly package and updated in place.
+// Four figures, drawn by the basic bundle of plotly.js (assets/plotly-basic.min.js) and updated in place.
 // In: events sd-figures of the token view, {rate, acceptance, final} (see spec_decode/session/curves.py) or null to clear;
 // events sd-measured, rows of draft lengths that were measured on the prompt of this race (assets/pays.js); props.plotly,
 // the path of the script.

@@ -1,5 +1,7 @@
-// Recordings, played in the browser: every round comes when the clock of its lane has come so far. No server is asked.
-// In: a view, and recordings [{name, title, trace, about, recorded, stats, figures}] (spec_decode/session/recordings.py).
+// Recordings, played in the browser: every round comes when the clock of its lane has come so far. The server is asked
+// for no more than the file of a recording that did not come with the page, when it is picked.
+// In: a view, and recordings [{name, title, trace, about, recorded, stats, figures}] (spec_decode/session/recordings.py),
+// where `trace` may be empty and `address` is that of the file.
 // Out: `play(name)`, `leave()` and `begin()`, which plays the first by itself, and stands still where motion is unwanted.
 // `open(recording, still)` plays one more, whose trace is read already (`data`), in place of the one opened before.
 SpecDecode.player = (view, shipped) => {
@@ -40,17 +42,29 @@ SpecDecode.player = (view, shipped) => {
 
   // The rounds of a trace in the order in which their lanes' clocks reach them.
   async function load(recording) {
-    recording.data = recording.data || await SpecDecode.unzipped(recording.trace);
+    recording.data = recording.data || await SpecDecode.unzipped(recording.trace || await fetched(recording.address));
     recording.order = recording.order || [...recording.data.rounds].sort((a, b) => a.clock - b.clock);
     return recording;
+  }
+
+  async function fetched(address) {
+    const answer = await fetch(address);
+    if (!answer.ok) throw new Error(answer.statusText);
+    return answer.arrayBuffer();
   }
 
   async function play(name, still = false) {
     cancelAnimationFrame(frame);
     const recording = recordings.find((r) => r.name === name);
     const mine = playing = { recording, state: "playing", clock: 0, next: 0, shown: 0 };
-    await load(recording);
+    const problem = await load(recording).then(() => "", () => "This recording could not be loaded.");
     if (playing !== mine) return; // another was picked meanwhile, or a race began
+    if (problem) {
+      leave();
+      title.textContent = problem;
+      return view.say(problem);
+    }
+    view.say("");
     const race = new SpecDecode.Race(recording.about, recording.data.costs);
     Object.assign(race.pieces, recording.data.pieces);
     race.whole = recording.data;

@@ -12,9 +12,9 @@ SpecDecode.unpack = ([lane, index, draft_length, refused, kl, tokens, times, dra
     { text, role: SpecDecode.ROLES[role], p, q, draft_position, id, target_top, drafter_top, compared })),
 });
 
-// The JSON in bytes that were compressed by gzip, given in base64.
-SpecDecode.unzipped = async (base64) => {
-  const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+// The JSON in bytes that were compressed by gzip, given in base64 or as they are.
+SpecDecode.unzipped = async (packed) => {
+  const bytes = typeof packed === "string" ? Uint8Array.from(atob(packed), (c) => c.charCodeAt(0)) : packed;
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
 };
 

@@ -651,15 +651,15 @@ def test_plotly_is_loaded_when_the_page_is_idle_and_told_when_it_cannot_be(brows
     page = visitor.page
     page.wait_for_timeout(1800)
     assert not [url for url in visitor.requests if "plotly" in url], "the page was never idle"
-    page.route("**/plotly.min.js", lambda route: route.abort())
-    with page.expect_request("**/plotly.min.js"):
+    page.route("**/plotly-basic.min.js", lambda route: route.abort())
+    with page.expect_request("**/plotly-basic.min.js"):
         page.evaluate("window.idle.splice(0).forEach(act => act())")
     visitor.run("hello", max_new_tokens=20)
     visitor.phase("done")
     page.wait_for_selector('.sd-plots[data-state="broken"]')
     said = page.eval_on_selector_all(".sd-canvas", "all => all.map(e => getComputedStyle(e, '::after').content)")
     assert said == ['"The figures could not be loaded."'] * 4
-    page.unroute("**/plotly.min.js")
+    page.unroute("**/plotly-basic.min.js")
     page.wait_for_selector("#sd-run:not([disabled])")
     visitor.run("hello", max_new_tokens=20)
     page.wait_for_selector('[data-plot="model"][data-state="drawn"] .main-svg')

@@ -125,6 +125,20 @@ def test_only_pages_are_rewritten(client: httpx.Client) -> None:
     assert rewritten("<p>no head</p>", "http://x") == "<p>no head</p>"
 
 
+def test_the_page_is_compressed_for_those_who_ask_and_begins_with_the_status_of_now(
+    client: httpx.Client, page: Any
+) -> None:
+    plain = client.get("/", headers={"accept-encoding": "identity"})
+    packed = client.get("/", headers={"accept-encoding": "gzip, br"})
+    assert packed.headers["content-encoding"] == "gzip" and "accept-encoding" in packed.headers["vary"].lower()
+    assert "content-encoding" not in plain.headers and int(plain.headers["content-length"]) == len(plain.content)
+    assert int(packed.headers["content-length"]) < 0.5 * len(plain.content)
+    assert packed.text.count("<gradio-app") == plain.text.count("<gradio-app") == 1
+    (status,) = (c["id"] for c in page.config["components"] if c["props"].get("elem_id") == "sd-status")
+    page.current = {**page.current, status: lambda: "the engine as it is now"}
+    assert "the engine as it is now" in client.get("/").text, "not as it was when the page was built"
+
+
 def test_the_page_of_a_share_link_is_rewritten_too() -> None:
     share = Path(gradio.__file__).parent / "templates" / "frontend" / "share.html"
     tags = Tags(rewritten(share.read_text(encoding="utf-8"), "https://abc.gradio.live"))

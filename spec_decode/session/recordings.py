@@ -21,13 +21,16 @@ from .tally import Tally
 
 @cache
 def shipped() -> tuple[dict[str, Any], ...]:
-    """The recordings in the order of their buttons: {"name", "title", "trace", "about", "recorded", "stats",
-    "figures"}.
+    """The recordings in the order of their buttons: {"name", "title", "trace", "about", "recorded", "stats", "figures",
+    "path"}.
 
     Raises:
         UserError: a file is missing, or holds no trace of the current format.
     """
-    return tuple(prepared(s.name, s.title, s.path().read_bytes(), read(s.path())) for s in recording.scenes())
+    return tuple(
+        prepared(s.name, s.title, s.path().read_bytes(), read(s.path())) | {"path": str(s.path())}
+        for s in recording.scenes()
+    )
 
 
 def prepared(name: str, title: str, packed: bytes, trace: Trace) -> dict[str, Any]:

@@ -7,9 +7,7 @@ component's own style sheet anew on every update, which would restyle thousands 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -60,10 +58,19 @@ def token_view(
         apply_default_css=False,
         server_functions=[missing],
         terms=TERMS,
-        recordings=list(recordings),
         steps=list(steps),
+        recordings=[*recordings[:1], *map(_on_demand, recordings[1:])],
         elem_id="sd-token-view",
     )
+
+
+def _on_demand(recording: dict[str, Any]) -> dict[str, Any]:
+    """This recording with the address of its file in place of its trace, which the page then fetches when it is
+    picked. One without a file stays as it is."""
+    if "path" not in recording:
+        return recording
+    gr.set_static_paths([recording["path"]])
+    return recording | {"trace": "", "address": f"gradio_api/file={recording['path']}"}
 
 
 def figures() -> gr.HTML:
@@ -71,12 +78,11 @@ def figures() -> gr.HTML:
     hands them on in the page: one wire, one output for Gradio to process.
 
     `gr.Plot` builds a figure anew for each update, which flickers and loses the visitor's place, so the figures are
-    drawn here by `Plotly.react`, with the plotly.min.js that the plotly package ships. It is served from this machine.
+    drawn here by `Plotly.react`, with the basic bundle of plotly.js, which has lines, markers and bars. It is served
+    from this machine. The whole plotly.js, which the plotly package ships, has four times its size, and a browser is
+    blocked for most of a second while it reads that.
     """
-    spec = importlib.util.find_spec("plotly")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("The figures need the package plotly: pip install plotly")
-    script = Path(spec.origin).parent / "package_data" / "plotly.min.js"
+    script = ASSETS / "plotly-basic.min.js"
     gr.set_static_paths([script])
     return gr.HTML(
         "",

@@ -7,6 +7,7 @@ made from each request, by Gradio's own rule (forwarded host and scheme, root pa
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Awaitable, Callable
 from html import escape
@@ -89,7 +90,8 @@ def rewritten(html: str, root: str) -> str:
 
 
 class Head:
-    """ASGI middleware that gives every HTML page of the app our head; what is not HTML passes as it is."""
+    """ASGI middleware that gives every HTML page of the app our head, and compresses it; what is not HTML passes as it
+    is."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -122,6 +124,11 @@ class Head:
             app_root = getattr(scope.get("app"), "root_path", "") or scope.get("root_path", "")
             root = get_root_url(request, request.url.path, app_root)
             body = rewritten(body.decode(), root).encode()
-            MutableHeaders(raw=start["headers"])["content-length"] = str(len(body))
+            headers = MutableHeaders(raw=start["headers"])
+            headers.add_vary_header("accept-encoding")
+            if "gzip" in request.headers.get("accept-encoding", ""):  # Gradio compresses its scripts, but not its pages
+                body = gzip.compress(body, 6)
+                headers["content-encoding"] = "gzip"
+            headers["content-length"] = str(len(body))
         await send(start)
         await send({"type": "http.response.body", "body": body})

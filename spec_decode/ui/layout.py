@@ -31,7 +31,7 @@ from .share import ask, connect, share_row
 from .share import routes as replay_file
 from .theme import style, theme
 from .tour import offered, wire_tour
-from .wiring import DEVICE, QUIET, Page, wire
+from .wiring import DEVICE, QUIET, Page, status_html, wire
 
 
 def launch_options() -> dict[str, Any]:
@@ -139,6 +139,7 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
     # Gradio looks for new events a thousand times a second, in the process that decodes; fifty times is soon enough.
     blocks._queue.sleep_when_free = 0.02
     blocks.guard = Guard(engine, blocks, DEVICE, MEASURE)
+    blocks.current = {status._id: lambda: status_html(engine.status())}
     return blocks
 
 

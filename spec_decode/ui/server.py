@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from ipaddress import ip_address
 from typing import Any
@@ -42,6 +42,20 @@ class Server(gr.Blocks):
     """`gr.Blocks` whose server is guarded by `guard`, from the next `launch` on."""
 
     guard: Guard | None = None
+    current: Mapping[int, Callable[[], Any]] = {}  # by the id of a component: its value for a page that is opened now
+
+    @property
+    def config(self) -> Any:
+        """What a page begins with. Values of `current` are those of now: if they came with an event after the page was
+        drawn, what stands below them would move."""
+        for component in self._config["components"]:
+            if component["id"] in self.current:
+                component["props"]["value"] = self.current[component["id"]]()
+        return self._config
+
+    @config.setter
+    def config(self, config: Any) -> None:
+        self._config = config
 
     def launch(self, *args: Any, **options: Any) -> Any:
         """As Gradio's own; what `app_kwargs` hold is kept."""
