@@ -27,10 +27,14 @@ SpecDecode.about = (trace, tables) => {
   }
   said.push("at most " + settings.max_new_tokens.toLocaleString("en") + " new tokens");
   if (trace.request.thinking) said.push("thinking first");
+  const prefix = trace.request.prefix ?? null, draft = trace.request.draft || [];
+  if (prefix && prefix.length) said.push("from a given text");
+  if (draft.length) said.push("a person drafts");
   const system = (trace.request.system || "").trim();
   if (system) said.push("system prompt: " + cut(system, 120));
   return {
     ran: { prompt: cut(trace.request.prompt.trim(), tables.shown), settings: said }, rule: settings.rule, deciding, temperature, lenience,
+    recorded: "", given: prefix !== null || draft.length > 0,
     undrawn: tables.undrawn, exact, same_text: same, synthetic, why, rejected: promises.rejected, limit: settings.max_new_tokens,
   };
 };

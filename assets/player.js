@@ -11,7 +11,8 @@ SpecDecode.player = (view, shipped) => {
   const recordings = [...shipped];
   let playing = null, speed = SPEEDS[0][0], frame = 0;
   const player = { play, leave, begin, open, get active() { return playing !== null; },
-    get recording() { return playing && playing.recording; }, get name() { return playing && playing.recording.name; }, names: shipped.map((recording) => recording.name) };
+    get recording() { return playing && playing.recording; }, get name() { return playing && playing.recording.name; },
+    names: shipped.map((recording) => recording.name) };
   bar.hidden = !recordings.length;
 
   const chipOf = (recording) => SpecDecode.button("sd-pick", "Play the recording: " + recording.title,
@@ -161,5 +162,5 @@ SpecDecode.player = (view, shipped) => {
     if ("DecompressionStream" in window) play(recordings[0].name, SpecDecode.still());
     else bar.hidden = true;
   }
-  return { play, leave, begin, get active() { return playing !== null; } };
+  return player;
 };

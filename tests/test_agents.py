@@ -154,7 +154,7 @@ def test_a_bad_argument_gives_one_sentence(served: Any, tool: str, arguments: di
 
 def test_a_server_without_the_lab_says_so(served: Any) -> None:
     url, _, engine = served
-    before, engine.limits = engine.limits, Limits(lab=False)
+    before, engine.limits = engine.limits, Limits(lab=False, measure=False)
     try:
         assert called(url, "prove") == "The exactness lab is switched off on this server."
         assert called(url, "advise", prompts="x") == "Measurements for advice are switched off on this server."

@@ -261,7 +261,7 @@ def test_peers_get_the_same_conversation() -> None:
         assert (FOLLOW_UPS[0], (first,)) in encoded
         assert (FOLLOW_UPS[1], (first, (FOLLOW_UPS[0], answers[prompt["id"], 2]))) in encoded
     assert sorted(ids[0] for ids in made.peers.asked) == sorted([0, 1, 2] * len(PROMPTS))
-    longest = max(made._tokens(text) for text in FOLLOW_UPS)
+    longest = max(made.tokens(text) for text in FOLLOW_UPS)
     assert made.room() == 2 * (SHORT.max_new_tokens + longest) and bench().room() == 0
 
 

@@ -352,7 +352,7 @@ def test_the_lab_is_bounded_and_can_be_switched_off() -> None:
     with pytest.raises(SettingsError, match="at most"):
         next(lab.run(engine, Setup(seeds=lab.MOST + 1)))
     with pytest.raises(SettingsError, match="switched off"):
-        next(lab.run(ready(FakeSource(), limits=Limits(lab=False)), Setup(seeds=10)))
+        next(lab.run(ready(FakeSource(), limits=Limits(lab=False, measure=False)), Setup(seeds=10)))
 
 
 def test_what_breaks_in_the_lab_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -377,6 +377,6 @@ def test_strangers_have_no_lab_unless_the_flags_say_so(flags: list[str], there: 
     assert app.parse(flags).limits.lab is there
 
 
-def test_without_the_lab_the_page_has_no_tabs() -> None:
+def test_without_the_lab_and_measuring_the_page_has_no_tabs() -> None:
     blocks = build(Engine(fake_load(FakeSource()), limits=Limits(lab=False)))
     assert not [block for block in blocks.blocks.values() if type(block).__name__ in ("Tabs", "Tab")]

@@ -94,7 +94,7 @@ def arguments(
     prompt: Any = "hello", system: Any = "", tokens: int = 8, length: Any = "4", drafter: Any = ""
 ) -> list[Any]:
     """Those of `/race`, in order."""
-    return [prompt, length, 0, 1, 0, tokens, 0, "auto", 0.3, drafter, system, False, False]
+    return [prompt, length, 0, 1, 0, tokens, 0, "auto", 0.3, drafter, system, False, False, "auto"]
 
 
 @pytest.fixture(scope="module")

@@ -143,7 +143,7 @@ def ask(engine: Engine, question: Question) -> Iterator[Progress | Answer]:
                 if future.done():
                     raise
             if time.perf_counter() > end:
-                source.stop()
+                source.stop("time")
             yield Progress(len(found), of)
 
     races = bench.run()
@@ -159,7 +159,7 @@ def ask(engine: Engine, question: Question) -> Iterator[Progress | Answer]:
                 found.append(measured)
                 yield Progress(len(found), of)
     finally:
-        source.stop()
+        source.stop("time")
     if not found:
         raise UserError("The time was up before a race was finished; ask for fewer new tokens.")
     yield Answer(question, source.info, tuple(found), of, time.perf_counter() - began)

@@ -58,11 +58,11 @@ class Held:
             race.stop()
         return race
 
-    def stop(self) -> None:
+    def stop(self, why: str = "cancelled") -> None:
         """Ends the race under way within a round, and every later one at once."""
         self.stopped = True
         if race := self._race:
-            race.stop()
+            race.stop(why)
 
     def cut(self) -> None:
         """Ends the race under way alone, which has taken as long as a race may."""

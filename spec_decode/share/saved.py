@@ -16,7 +16,7 @@ from html import escape
 from typing import Any
 
 from .. import __version__
-from ..drafters.kinds import KINDS
+from ..drafters.kinds import KINDS, PERSON
 from ..events import Trace
 from ..glossary import TERMS
 from ..paths import ASSETS
@@ -48,7 +48,7 @@ def tables() -> dict[str, Any]:
             rule.name: {name: getattr(rule, name) for name in ("exact", "same_text", "samples", "lenient", "synthetic")}
             for rule in TABLE
         },
-        "undrawn": [kind.name for kind in KINDS if not kind.model_types],
+        "undrawn": [PERSON, *(kind.name for kind in KINDS if not kind.model_types)],
         "settings": Settings().to_dict(),
         "sentences": {
             name: getattr(caption, name) for name in ("LOSSY", "INDEPENDENT", "SYNTHETIC", "NOT_EXACT", "NOT_SAME")
