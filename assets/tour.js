@@ -1,7 +1,7 @@
 // The tour: four captions on the race in view, each anchored to one of its rounds, and what to try next.
 // In: a view, its player, and the next steps [{id, title, says, focus}] that the page offers (spec_decode/ui/tour.py).
 // Out: `view.tour` with `start()` and `close()`. Buttons `.sd-tour-open` of the page open it. It is offered until
-// `document.body.dataset.sdToured` is "yes", and a press on the button with the id sd-tour-seen remembers that it was.
+// it was taken or refused, or a race was run, which the browser remembers.
 // Every text enters the page as a text node.
 
 // The round that each caption shows, as {round, drafted, accepted, own}; null where the race has none to show.
@@ -227,7 +227,11 @@ SpecDecode.tour = (view, player, steps) => {
 
   // The offer: the page's button says more until the tour was taken or refused, or a race was run.
   const openers = () => [...document.querySelectorAll(".sd-tour-open")];
-  const toured = () => document.body.dataset.sdToured !== "no";
+  // Kept by the browser alone: `gr.BrowserState` would do the same, and brings 24 kB of cryptography with it.
+  const KEY = "spec-decode-tour";
+  let seen = false;
+  try { seen = Boolean(localStorage.getItem(KEY)); } catch (error) { /* no storage: it is offered again */ }
+  const toured = () => seen;
   function offer() {
     for (const open of openers()) {
       open.textContent = toured() ? "Tour" : "60-second tour";
@@ -238,12 +242,12 @@ SpecDecode.tour = (view, player, steps) => {
   }
   function remember() {
     if (toured()) return;
-    document.body.dataset.sdToured = "yes";
-    document.getElementById("sd-tour-seen")?.click();
+    seen = true;
+    try { localStorage.setItem(KEY, "yes"); } catch (error) { /* as above */ }
     offer();
   }
-  document.addEventListener("sd-toured", offer);
-  offer();
+  const begin = (tries) => { if (openers().length) offer(); else if (tries) setTimeout(begin, 50, tries - 1); }; // the header may come later
+  begin(100);
 
   listen("click", (event) => {
     const open = event.target.closest?.(".sd-tour-open");

@@ -378,5 +378,5 @@ def test_strangers_have_no_lab_unless_the_flags_say_so(flags: list[str], there: 
 
 
 def test_without_the_lab_and_measuring_the_page_has_no_tabs() -> None:
-    blocks = build(Engine(fake_load(FakeSource()), limits=Limits(lab=False)))
+    blocks = build(Engine(fake_load(FakeSource()), limits=Limits(lab=False, measure=False)))
     assert not [block for block in blocks.blocks.values() if type(block).__name__ in ("Tabs", "Tab")]

@@ -150,7 +150,6 @@ def test_four_captions_on_a_recording_then_next_steps(browser: Any, fake_app: An
 
     page.reload()
     visitor.ready()
-    page.wait_for_function("document.body.dataset.sdToured === 'yes'")
     assert visitor.text(".sd-tour-open") == "Tour" and page.is_hidden(".sd-tour-refuse"), "offered once"
 
     def ending() -> list[str]:
@@ -232,7 +231,6 @@ def test_a_phone_has_a_sheet_and_a_race_without_the_round_of_a_caption_says_so(b
     assert visitor.text(".sd-tour-open") == "Tour" and visitor.focused() == "BUTTON Tour" and panel.count() == 0
     page.reload()
     state(visitor, "ended")
-    page.wait_for_function("document.body.dataset.sdToured === 'yes'")
     page.tap(".sd-tour-open")
     for _ in range(4):
         at, token = panel.bounding_box(), page.locator(".toured").first.bounding_box()

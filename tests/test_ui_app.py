@@ -18,13 +18,14 @@ import app
 from spec_decode.errors import ModelError, OutOfMemory, PromptError, SettingsError
 from spec_decode.events import Note, Round, Trace
 from spec_decode.loading.embedded import NAME as EMBEDDED_NAME
+from spec_decode.paths import ASSETS
 from spec_decode.request import Request
 from spec_decode.session.caption import caption
 from spec_decode.session.feed import Feed
 from spec_decode.session.stream import View
 from spec_decode.session.stream import run as stream
 from spec_decode.settings import Settings
-from spec_decode.ui import Engine, Limits
+from spec_decode.ui import Engine, Limits, components, theme
 from spec_decode.ui.controls import POLICIES, RULES, help_updates
 from spec_decode.ui.form import CONTROLS, RULE_HELP, drafter_help, problem, settings_from_form
 from spec_decode.ui.layout import examples
@@ -318,3 +319,16 @@ def test_bad_flags_and_a_taken_port(capsys: pytest.CaptureFixture[str]) -> None:
         assert app.main(["--port", str(taken.getsockname()[1])]) == 1
     message = capsys.readouterr().err.strip()
     assert message.startswith("app.py: cannot serve") and "is taken" in message and "\n" not in message
+
+
+def test_scripts_may_lose_their_indentation_and_comments() -> None:
+    """No text in back quotes spans lines, and no line of a script begins with a comment that another part needs."""
+    for path in sorted(ASSETS.glob("*.js")):
+        if path.name.startswith("plotly"):
+            continue
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.lstrip().startswith("//"):
+                assert line.count("`") % 2 == 0 or "[\\\\`" in line, f"{path.name}: {line}"
+    short = components.script("trace.js", "view.js")
+    assert "SpecDecode.Race = class" in short and "\n//" not in short and "\n " not in short
+    assert ".sd-race" in theme.sheet("app.css") and "/*" not in theme.sheet("app.css")

@@ -7,7 +7,9 @@ component's own style sheet anew on every update, which would restyle thousands 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import gradio as gr
@@ -20,6 +22,13 @@ from .terms import TERMS
 def asset(name: str) -> str:
     """The text of a file in assets/."""
     return (ASSETS / name).read_text(encoding="utf-8")
+
+
+@cache
+def script(*names: str) -> str:
+    """The scripts of assets/, one after the other, without indentation and lines of comment, an eighth of what a page
+    transfers of them. No text in them spans lines (tests/test_ui_app.py)."""
+    return re.sub(r"(?m)^[ \t]+|^\s*//.*\n", "", "\n".join(map(asset, names)))
 
 
 # of the token view, in this order; all but the last four know nothing of Gradio
@@ -54,7 +63,7 @@ def token_view(
     return gr.HTML(
         idle(),
         html_template=asset("token_view.html"),
-        js_on_load="\n".join(map(asset, SCRIPTS)),
+        js_on_load=script(*SCRIPTS),
         apply_default_css=False,
         server_functions=[missing],
         terms=TERMS,
@@ -82,13 +91,13 @@ def figures() -> gr.HTML:
     from this machine. The whole plotly.js, which the plotly package ships, has four times its size, and a browser is
     blocked for most of a second while it reads that.
     """
-    script = ASSETS / "plotly-basic.min.js"
-    gr.set_static_paths([script])
+    plotly = ASSETS / "plotly-basic.min.js"
+    gr.set_static_paths([plotly])
     return gr.HTML(
         "",
         html_template=asset("figures.html"),
-        js_on_load=asset("figures.js"),
+        js_on_load=script("figures.js"),
         apply_default_css=False,
-        plotly=f"gradio_api/file={script}",
+        plotly=f"gradio_api/file={plotly}",
         elem_id="sd-figures",
     )

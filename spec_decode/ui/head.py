@@ -127,7 +127,7 @@ class Head:
             headers = MutableHeaders(raw=start["headers"])
             headers.add_vary_header("accept-encoding")
             if "gzip" in request.headers.get("accept-encoding", ""):  # Gradio compresses its scripts, but not its pages
-                body = gzip.compress(body, 6)
+                body = gzip.compress(body)
                 headers["content-encoding"] = "gzip"
             headers["content-length"] = str(len(body))
         await send(start)

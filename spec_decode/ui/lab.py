@@ -17,7 +17,7 @@ from ..rules import RULES
 from ..session import lab
 from ..session.device import Engine
 from ..session.feed import dumps
-from .components import asset
+from .components import asset, script
 from .wiring import AT_ONCE, DEVICE, QUIET
 
 BROKEN = (
@@ -65,7 +65,7 @@ def lab_tab(engine: Engine) -> gr.Checkbox:
             view = gr.HTML(
                 lab.idle(),
                 html_template=asset("lab.html"),
-                js_on_load=asset("lab.js"),
+                js_on_load=script("lab.js"),
                 apply_default_css=False,
                 level=lab.TEST_LEVEL,
                 family=lab.FAMILY,

@@ -132,7 +132,7 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
             blocks,
         )
         connect(engine, share, page)
-        wire_tour(engine, blocks, prompt, panel, (tabs, broken) if broken and isinstance(tabs, gr.Tabs) else None)
+        wire_tour(engine, prompt, panel, (tabs, broken) if broken and isinstance(tabs, gr.Tabs) else None)
         for name, endpoint in endpoints(engine).items():
             api(endpoint, api_name=name, concurrency_id=DEVICE, concurrency_limit=1)
     blocks.queue(max_size=max_queue, api_open=False)

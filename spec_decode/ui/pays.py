@@ -25,7 +25,7 @@ from ..session import pays
 from ..session.device import Engine
 from ..session.pays import Desk, View, Wanted
 from ..session.pays_prompts import MOST_BYTES, MOST_PROMPT_TOKENS, MOST_PROMPTS, read_prompts
-from .components import asset
+from .components import asset, script
 from .controls import Panel
 from .form import CONTROLS, settings_from_form
 from .wiring import AT_ONCE, QUIET
@@ -74,7 +74,7 @@ def pays_tab(desk: Desk, blocks: gr.Blocks, panel: Panel, examples: Sequence[dic
             gr.HTML(
                 "",
                 html_template=asset("pays_file.html"),
-                js_on_load=asset("pays_file.js"),
+                js_on_load=script("pays_file.js"),
                 apply_default_css=False,
                 most=MOST_BYTES,
                 elem_id="sd-pays-file",
@@ -139,7 +139,7 @@ def _view(elem_id: str, kind: str) -> gr.HTML:
     return gr.HTML(
         pays.idle(),
         html_template=asset("pays.html"),
-        js_on_load=asset("pays.js"),
+        js_on_load=script("pays.js"),
         apply_default_css=False,
         kind=kind,
         lengths=[0, *pays.LENGTHS],

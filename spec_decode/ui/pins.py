@@ -16,7 +16,7 @@ from ..request import Request
 from ..rules import default
 from ..session.device import Engine
 from ..settings import Settings
-from .components import asset
+from .components import asset, script
 from .controls import Panel
 from .form import CONTROLS
 from .wiring import AT_ONCE
@@ -27,7 +27,7 @@ def pinned(engine: Engine, prompt: gr.Textbox, panel: Panel) -> None:
     pins = gr.HTML(
         "",
         html_template=asset("pins.html"),
-        js_on_load=asset("pins.js"),
+        js_on_load=script("pins.js"),
         apply_default_css=False,
         elem_id="sd-pins",
     )

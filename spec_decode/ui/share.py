@@ -18,7 +18,7 @@ from starlette.routing import Route
 from ..errors import quoted
 from ..session.device import Engine
 from ..share import link, saved
-from .components import asset
+from .components import script
 from .form import CONTROLS, drafter_help
 from .linked import form_values
 from .wiring import Page, note_html, status_html
@@ -50,11 +50,11 @@ def ask() -> gr.HTML:
 
 def share_row() -> Share:
     """The row, and the components behind it, which nobody sees."""
-    script = "\n".join(map(asset, SCRIPTS))
+    joined = script(*SCRIPTS)
     gr.HTML(
         "",
         html_template='<div class="sd-share"></div>',
-        js_on_load=f"""const main = (SpecDecode, view) => {{ {script} }};
+        js_on_load=f"""const main = (SpecDecode, view) => {{ {joined} }};
 const begin = (tries) => {{
   const race = document.querySelector("#sd-token-view .sd-race");
   if (race?.view?.SpecDecode) main(race.view.SpecDecode, race.view);

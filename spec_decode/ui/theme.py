@@ -6,6 +6,7 @@ Only fonts that a computer already has, so that nothing is fetched from elsewher
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import gradio as gr
@@ -74,6 +75,11 @@ def theme() -> gr.themes.Base:
 STYLES = ("app.css", "page.css", "lab.css", "tour.css", "share.css", "branch.css", "pays.css", "pins.css")
 
 
+def sheet(name: str) -> str:
+    """A style sheet of assets/ without comments and indentation."""
+    return re.sub(r"(?m)^\s+", "", re.sub(r"(?s)/\*.*?\*/", "", asset(name)))
+
+
 def style() -> str:
     """What a script puts into the page's head: the style sheet, whole and unscoped."""
-    return f"<style>{''.join(map(asset, STYLES))}</style>"
+    return f"<style>{''.join(map(sheet, STYLES))}</style>"

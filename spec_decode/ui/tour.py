@@ -1,8 +1,7 @@
-"""The tour of the page: what it offers at the end, and what it remembers. What it shows is assets/tour.js.
+"""The tour of the page: what it offers at the end. What it shows is assets/tour.js.
 
-In: an `Engine` and components of the page. Out: hidden buttons that the script presses: one for each next step, which
-fills the form and runs nothing, and one that remembers in the visitor's browser that the tour was offered. Reading and
-writing the memory asks no server.
+In: an `Engine` and components of the page. Out: hidden buttons that the script presses, one for each next step, which
+fills the form and runs nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +18,8 @@ from ..settings import Settings
 from .components import asset
 from .controls import Panel
 from .form import drafter_help
-from .wiring import AT_ONCE, QUIET
+from .wiring import AT_ONCE
 
-# The key is no secret: what it guards is whether someone has seen the tour.
-MEMORY: dict[str, Any] = {"storage_key": "spec-decode-tour", "secret": "spec-decode-tour"}
-TELL = """(seen) => {
-  document.body.dataset.sdToured = seen ? "yes" : "no";
-  document.dispatchEvent(new CustomEvent("sd-toured"));
-}"""
 TOKENS = 160  # new tokens of a next step
 
 
@@ -98,10 +91,8 @@ def prompts() -> dict[str, str]:
     return {row["id"]: row["prompt"] for row in rows} | {"harbour": prose}
 
 
-def wire_tour(
-    engine: Engine, blocks: gr.Blocks, prompt: gr.Textbox, panel: Panel, lab: tuple[gr.Tabs, gr.Checkbox] | None
-) -> None:
-    """The hidden buttons and the memory. `lab` is the tabs of the page, and the switch that breaks the rule."""
+def wire_tour(engine: Engine, prompt: gr.Textbox, panel: Panel, lab: tuple[gr.Tabs, gr.Checkbox] | None) -> None:
+    """The hidden buttons. `lab` is the tabs of the page, and the switch that breaks the rule."""
     texts, form = prompts(), [prompt, panel.drafter, *panel.controls.values()]
 
     def filling(step: Step) -> Callable[[], dict[Any, Any]]:
@@ -126,7 +117,3 @@ def wire_tour(
         gr.Button(BREAK["title"], visible="hidden", elem_id=BREAK["id"]).click(
             lambda: {tabs: gr.update(selected="lab"), broken: True}, None, [tabs, broken], **AT_ONCE
         )
-    seen = gr.BrowserState(False, **MEMORY)
-    remember = gr.Button("Remember the tour", visible="hidden", elem_id="sd-tour-seen")
-    remember.click(None, None, seen, js="() => true", **QUIET)
-    blocks.load(None, seen, None, js=TELL, **QUIET)

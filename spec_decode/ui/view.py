@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..events import Trace
 from ..session.feed import Feed, Feeds, idle
 from ..session.still import still
-from .components import SCRIPTS, asset
+from .components import SCRIPTS, asset, script
 from .terms import TERMS
 
 PAGE = ("branch.js", "tour.js", "page.js")  # scripts of the app's own page
@@ -45,7 +45,7 @@ def TokenView(value: Any = None, **options: Any) -> gr.HTML:  # noqa: N802  # us
     view = gr.HTML(
         shown(value),
         html_template=asset("token_view.html"),
-        js_on_load="\n".join(map(asset, GUEST)),
+        js_on_load=script(*GUEST),
         apply_default_css=False,
         server_functions=[missing],
         elem_classes=["sd-guest", *_classes(options.pop("elem_classes", None))],
