@@ -99,7 +99,9 @@ SpecDecode.branch = (view) => {
     if (i === at || root.dataset.phase === "running") return;
     keep();
     at = i;
-    const { race, state, figures, person } = entries[i], copy = new SpecDecode.Race(state.about, race.costs);
+    const { race, state, figures, person } = entries[i], { pieces, head, whole, final } = race;
+    const copy = Object.assign(new SpecDecode.Race(state.about, race.costs), { head, whole, final });
+    Object.assign(copy.pieces, pieces);
     restoring = true;
     view.reset(copy);
     view.add([...race.rounds.baseline, ...race.rounds.speculative]);

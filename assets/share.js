@@ -142,6 +142,7 @@ async function rerun() {
   compared.replaceChildren(make("h2", "", "The recording, and the same race run here"), make("p", "", "Both results and their differences appear here when the race is over."));
   press("sd-run");
 }
+const drop = () => { [pending, compared.hidden] = [null, true]; };
 const fill = (text) => new Promise((done) => {
   document.addEventListener("sd-filled", (event) => done(event.detail), { once: true });
   home.dataset.fill = text;
@@ -150,6 +151,7 @@ const fill = (text) => new Promise((done) => {
 function ended() {
   const here = view.race.trace;
   if (!pending || !here || player.active) return;
+  if (here.request.prompt !== pending.request.prompt) return drop(); // another race: that one never began
   const omitted = pending.omitted.includes("system") ? [make("p", "", "The recording left its system prompt out, so the texts may differ for that alone.")] : [];
   const rows = SpecDecode.compare(pending, here), texts = rows.filter((row) => row.name.endsWith(" text"));
   compared.replaceChildren(make("h2", "", texts.every((row) => row.same) ? "The same text here as in the recording" : "Another text here than in the recording"), ...omitted, SpecDecode.compared(rows),
@@ -163,7 +165,7 @@ view.parts.push({
     offer();
     refresh();
     if (phase === "done") ended();
-    if (phase === "failed") [pending, compared.hidden] = [null, true];
+    if (phase === "failed" || (phase === "idle" && !view.root.dataset.recording)) drop();
   },
 });
 

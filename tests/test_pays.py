@@ -22,8 +22,8 @@ from spec_decode.session.pays_prompts import MOST_BYTES, MOST_PROMPTS, read_prom
 from spec_decode.settings import Settings
 from spec_decode.sources import Recording
 from spec_decode.ui.form import settings_from_form
+from spec_decode.ui.linked import form_values
 from spec_decode.ui.pays import Reports, _of_race
-from spec_decode.ui.pins import form_values
 
 ALL = len(LENGTHS) * REPEATS
 
@@ -325,7 +325,8 @@ def test_a_race_of_another_model_is_not_measured_here() -> None:
     ],
 )
 def test_the_form_takes_the_settings_of_a_pinned_result(settings: Settings) -> None:
-    assert settings_from_form(form_values(settings)) == settings
+    values = {"lenience": 0.3, "draft_length": 4} | form_values(Request("p", settings))
+    assert settings_from_form(values) == settings
 
 
 def test_reports_are_kept_for_the_last_few_visitors_only() -> None:
