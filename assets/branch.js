@@ -19,7 +19,7 @@ SpecDecode.branch = (view) => {
   }
   // Why nothing can be tried now; empty where it can.
   function reason() {
-    if (root.dataset.recording) return "This is a recording, and there is no model here to ask. Race your own prompt to try another token or to draft.";
+    if (root.dataset.recording) return "This is a recording, and another model may have made it. Race your own prompt to try another token or to draft.";
     const { about } = view.race;
     if (root.dataset.phase === "running") return "Possible once the race is over.";
     if (!about) return "Once a race is over, you can draft for it, or open a token and ask what if another stood there.";
@@ -254,6 +254,12 @@ SpecDecode.branch = (view) => {
     person = null;
     draft.focus({ preventScroll: true });
   }
+  listen("keydown", (event) => {
+    if (event.key !== "Escape" || panel.hidden || !panel.contains(event.target)) return;
+    event.preventDefault();
+    event.stopImmediatePropagation(); // what is open is closed before a race is stopped
+    shut();
+  });
   const soFar = () => [...person.given, ...person.tokens];
   function paintText() {
     const mark = (token) => "t " + (token.role === "target" ? "t0" : token.role[0]);

@@ -107,7 +107,7 @@ const panel = make("div", "sd-share-panel",
   make("div", "sd-share-row", button("", "", link, "Copy link"), button("", "", live, "Embed this page"), make("label", "", ask, " opening it asks to run the race")),
   make("p", "sd-share-help", "A link holds the prompt and every setting, in its fragment: no server stores it. Embedded, the page shows the prompt, Run and both lanes, and races on this server."),
   make("div", "sd-share-row", ...made),
-  make("p", "sd-share-help", "A saved replay is one file with everything but Plotly; it needs no network. Local paths are left out, and the system prompt unless “Keep the system prompt in the trace” was checked. To embed it, put the file beside your page."));
+  make("p", "sd-share-help", "A saved replay is one file with the whole race and its view; it needs no network. Local paths are left out, and the system prompt unless “Keep the system prompt in the trace” was checked. To embed it, put the file beside your page."));
 panel.id = "sd-share-panel";
 panel.hidden = true;
 const toggle = button("", "", () => {
