@@ -13,7 +13,7 @@ from typing import Any
 import hostile
 import pytest
 from test_browser import CHROMIUM, SPOKEN, Visitor, browser, fake_app, served  # noqa: F401
-from test_share import REQUESTS, SCENES, accepted
+from test_share import LOCAL, REQUESTS, SCENES, accepted
 
 from spec_decode.events import BASELINE, SPECULATIVE, Promises, Trace
 from spec_decode.session.caption import about
@@ -248,6 +248,9 @@ def test_the_browser_says_of_a_trace_what_the_server_says(browser: Any, fake_app
             "prompt": request.prompt, "drafter": request.drafter, "thinking": request.thinking,
         }  # fmt: skip
         assert link.read(page.evaluate(LINK, [form, True])) == request
+    for name in LOCAL:
+        local = link.read(page.evaluate(LINK, [{"prompt": "p", "drafter": name}, False]))
+        assert local is not None and local.drafter == "my-drafter", name
     noise = "".join(chr(0x4E00 + (i * 7919) % 20000) for i in range(9000))
     refused = page.evaluate(f"(a) => ({LINK})(a).then(() => '', (e) => e.message)", [{"prompt": noise}, False])
     assert refused == link.TOO_LONG

@@ -98,11 +98,12 @@ def connect(engine: Engine, share: Share, page: Page) -> None:
             out[panel.thinking] = gr.update(value=request.thinking)
         missing = ""
         if now.phase == "ready":
-            own = request.drafter if request.drafter in now.drafters else now.drafters[0]
+            known = link.offered(request.drafter, now.drafters)
+            own = known or now.drafters[0]
             out[panel.drafter] = gr.update(choices=list(now.drafters), value=own, info=drafter_help(own))
             if 'data-state="busy"' not in str(seen):  # else it goes on naming the drafter of the race
                 out[page.status] = status_html(now, drafter=own)
-            if request.drafter not in (None, own):
+            if request.drafter and not known:
                 missing = f"This server does not offer the drafter {quoted(request.drafter)}; its own drafts."
         elif now.phase == "absent":
             missing = "This server has no model, so the race of this link cannot run here."
