@@ -133,7 +133,7 @@ def test_a_pin_keeps_no_system_prompt_and_a_file_brings_no_formula(
     browser: Any,  # noqa: F811
     served: tuple[str, FakeSource],
 ) -> None:
-    visitor = Visitor(browser, served[0], width=1440, height=1000).ready()
+    visitor = Visitor(browser, served[0], width=1440, height=1000, reduced_motion="reduce").ready()
     page = visitor.page
     page.fill("#sd-system textarea", "A secret of mine")
     page.check("#sd-keep-system input")

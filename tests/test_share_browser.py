@@ -183,7 +183,7 @@ def test_a_race_is_shared_opened_and_run_again(browser: Any, fake_app: Any, tmp_
     # a link that is opened during a race fills the form and says nothing of the race; what was cleared is not compared
     source.pace = 2.0
     page.evaluate(DROP, ["saved.html", file.read_text(encoding="utf-8")])
-    page.wait_for_selector('.sd-race[data-recording="ended"]')
+    page.wait_for_selector(".sd-race[data-recording]")
     page.wait_for_selector('.sd-player >> text="Run this again here"')
     page.click('.sd-player >> text="Run this again here"')
     visitor.phase("running")
