@@ -62,8 +62,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--lab",
         action=argparse.BooleanOptionalAction,
-        help="the exactness lab, whose tests take the device for up to minutes, and the endpoints /prove and /advise "
-        "(default: on, but off where other machines can reach the page)",
+        help="the exactness lab, whose tests take the device for up to minutes, and the endpoint /prove (default: on, "
+        "but off where other machines can reach the page)",
     )
     parser.add_argument(
         "--mcp",
@@ -74,8 +74,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--measure",
         action=argparse.BooleanOptionalAction,
-        help="measuring draft lengths on a visitor's prompts, which takes minutes, in turns with the races of others "
-        "(default: on, but off where other machines can reach the page)",
+        help="measuring draft lengths on a visitor's prompts, which takes minutes, in turns with the races of others, "
+        "and the endpoint /advise (default: on, but off where other machines can reach the page)",
     )
     arguments = parser.parse_args(argv)
     arguments.limits = limits(arguments)

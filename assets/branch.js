@@ -19,7 +19,7 @@ SpecDecode.branch = (view) => {
   }
   // Why nothing can be tried now; empty where it can.
   function reason() {
-    if (root.dataset.recording) return "This is a recording, and there is no model here to ask. Race your own prompt to try another token or to draft.";
+    if (root.dataset.recording) return "This is a recording, and another model may have made it. Race your own prompt to try another token or to draft.";
     const { about } = view.race;
     if (root.dataset.phase === "running") return "Possible once the race is over.";
     if (!about) return "Once a race is over, you can draft for it, or open a token and ask what if another stood there.";
@@ -99,7 +99,9 @@ SpecDecode.branch = (view) => {
     if (i === at || root.dataset.phase === "running") return;
     keep();
     at = i;
-    const { race, state, figures, person } = entries[i], copy = new SpecDecode.Race(state.about, race.costs);
+    const { race, state, figures, person } = entries[i], { pieces, head, whole, final } = race;
+    const copy = Object.assign(new SpecDecode.Race(state.about, race.costs), { head, whole, final });
+    Object.assign(copy.pieces, pieces);
     restoring = true;
     view.reset(copy);
     view.add([...race.rounds.baseline, ...race.rounds.speculative]);
@@ -252,6 +254,12 @@ SpecDecode.branch = (view) => {
     person = null;
     draft.focus({ preventScroll: true });
   }
+  listen("keydown", (event) => {
+    if (event.key !== "Escape" || panel.hidden || !panel.contains(event.target)) return;
+    event.preventDefault();
+    event.stopImmediatePropagation(); // what is open is closed before a race is stopped
+    shut();
+  });
   const soFar = () => [...person.given, ...person.tokens];
   function paintText() {
     const mark = (token) => "t " + (token.role === "target" ? "t0" : token.role[0]);

@@ -14,7 +14,8 @@ SpecDecode.dataOf = (form, tables) => {
   if (named && form.rule !== (sampling ? "coupled" : "greedy")) settings.rule = form.rule;
   const data = { prompt: form.prompt };
   if (Object.keys(settings).length) data.settings = settings;
-  if (form.drafter) data.drafter = form.drafter;
+  const local = /^([/~]|\.{1,2}[\\/]|[A-Za-z]:[\\/]|\\\\)/.test(form.drafter || ""); // of a directory, its last component
+  if (form.drafter) data.drafter = local ? form.drafter.replace(/[\\/]+$/, "").split(/[\\/]/).pop() : form.drafter;
   if (form.system && form.keep_system) data.system = form.system;
   if (form.thinking) data.thinking = true;
   return data;

@@ -1,7 +1,7 @@
 // Pinned results: rows that stay in this browser, compared two at a time, shown again, and exported.
-// In: the race in the token view, and the figures that are drawn of it. Out: rows in localStorage, the traces of the last
-// few in IndexedDB (in memory where there is none), files for download, and props.value, the request whose settings the form
-// is to take. Nothing is sent to the server but that request, on a press.
+// In: the finished race in the token view. Out: rows in localStorage, the traces of the last few in IndexedDB (in memory where
+// there is none), which its player shows as recordings, files for download, and props.value, the request whose settings the
+// form is to take. The system prompt is kept nowhere. Nothing is sent to the server but that request, on a press.
 const root = element.querySelector(".sd-pins");
 const find = (selector) => root.querySelector(selector);
 const KEY = "spec-decode-pins", ROWS = 50, TRACES = 8, PROMPT = 4000, BYTES = 4e6;
@@ -19,7 +19,7 @@ const button = (name, text, label, act) => {
 };
 const say = (text) => { find(".sd-pins-said").textContent = text; };
 const theView = () => document.querySelector(".sd-race")?.view;
-let rows = load(), ticked = [], figures = null;
+let rows = load(), ticked = [];
 
 // --- what is kept -----------------------------------------------------------------------------------------------------
 
@@ -80,19 +80,21 @@ async function tidy() {
 
 const finished = () => {
   const view = theView(), shown = view && view.shown;
-  return shown && view.race.head && (shown.phase === "done" || shown.recording === "ended") ? view : null;
+  return shown && view.race.whole && view.race.final && (shown.phase === "done" || shown.recording === "ended") ? view : null;
 };
+const words = (x) => (typeof x === "string" ? x : x ? JSON.stringify(x) : ""); // of a field of a trace that may hold anything
 const mean = (rounds, key) => (rounds.length ? 1000 * rounds.reduce((sum, round) => sum + round[key], 0) / rounds.length : null);
 
 function pin() {
   const view = finished();
   if (!view) return;
   const { race, shown } = view, { stats } = shown, passes = race.rounds.speculative.filter((round) => round.index > 0);
-  const { request, pair, machine, date } = race.head, { system, ...asked } = request;
+  const { request, pair, machine, date } = race.head, { system, ...asked } = request, { omitted } = race.whole;
   const id = Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
   rows.unshift({
-    id, date: date || null, recorded: Boolean(shown.recording), cut: asked.prompt.length > PROMPT, system: Boolean(system),
-    request: { ...asked, prompt: asked.prompt.slice(0, PROMPT) }, pair, machine: (machine && (machine.gpu || machine.processor)) || "",
+    id, date: date || null, recorded: Boolean(shown.recording), cut: asked.prompt.length > PROMPT, system: Boolean(system) || omitted.includes("system"),
+    request: { ...asked, prompt: asked.prompt.slice(0, PROMPT) }, machine: words(machine.gpu || machine.processor),
+    pair: Object.fromEntries(["target", "drafter", "device", "dtype"].map((name) => [name, words(pair[name])])),
     figures: {
       speedup: stats.speedup ?? null, low: stats.interval ? stats.interval[0] : null, high: stats.interval ? stats.interval[1] : null, end_to_end: stats.end_to_end ?? null,
       baseline: stats.baseline.rate ?? null, speculative: stats.speculative.rate ?? null, acceptance: stats.acceptance ?? null, per_pass: stats.per_pass ?? null,
@@ -100,8 +102,11 @@ function pin() {
     },
   });
   save();
-  const trace = { about: shown.about, costs: race.costs, rounds: [...race.rounds.baseline, ...race.rounds.speculative], pieces: race.pieces, stats, figures, head: race.head, whole: race.whole };
-  keep(id, trace).catch(() => {});
+  // The tokens, as a recording for the player. What branches are made of stays out: the server may have another model by then.
+  const { request: mine, unbranched, ran, ...about } = shown.about, { trace } = race;
+  about.ran = { ...ran, settings: ran.settings.filter((said) => !said.startsWith("system prompt: ")) };
+  const data = { ...trace, request: { ...trace.request, system: null }, omitted: trace.request.system ? [...omitted, "system"] : omitted };
+  keep(id, { about, data, stats, figures: race.final.figures }).catch(() => {});
   draw();
   say("Pinned. " + rows.length + (rows.length === 1 ? " result is kept." : " results are kept."));
 }
@@ -177,15 +182,23 @@ function compare() {
 
 async function restore(row) {
   const view = theView();
-  if (view && view.root.dataset.phase === "running") return say("A race is running; stop it first, or wait for its end.");
-  let trace = null;
-  try { trace = await traceOf(row.id); } catch (error) { trace = null; }
-  if (trace && view) view.present(trace);
-  props.value = JSON.stringify(row.request);
-  trigger("input");
-  say((trace ? "Shown again, and its settings are in the form." : "Its settings are in the form; its tokens are no longer kept.")
+  let kept = null;
+  try { kept = await traceOf(row.id); } catch (error) { kept = null; }
+  if (!view || view.root.dataset.phase === "running") return say("A race is running; stop it first, or wait for its end.");
+  const shown = Boolean(kept && kept.data);
+  if (shown) {
+    const recorded = view.SpecDecode.recorded(kept.data);
+    view.player.open({ ...kept, name: "pinned", title: "pinned result", recorded, about: { ...kept.about, recorded } }, true);
+  }
+  const fits = view.SpecDecode.formOf(row.request) !== null;
+  if (fits) {
+    props.value = JSON.stringify(row.system ? row.request : { ...row.request, system: null });
+    trigger("input");
+  }
+  const form = fits ? "its settings are in the form" : "its settings have no place in the form";
+  say((shown ? "Shown again, and " + form + "." : form[0].toUpperCase() + form.slice(1) + "; its tokens are no longer kept.")
     + (row.cut ? " Of its prompt the first " + PROMPT.toLocaleString("en-US") + " characters are kept." : "") + (row.system ? " Its system prompt is not kept." : ""));
-  if (trace && view) view.root.scrollIntoView({ block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+  if (shown) view.root.scrollIntoView({ block: "start", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
 }
 
 // --- export -----------------------------------------------------------------------------------------------------------
@@ -200,7 +213,8 @@ const values = (row) => {
 // A text that a spreadsheet would take for a formula begins with an apostrophe, which makes it a text there.
 const cell = (value) => {
   if (value === null || value === undefined) return "";
-  if (typeof value !== "string") return String(value);
+  if (typeof value === "number" || typeof value === "boolean") return String(value);
+  if (typeof value !== "string") return cell(JSON.stringify(value));
   return '"' + (/^\s*[=+\-@\t\r\n|%＝＋－＠]/.test(value) ? "'" : "") + value.replaceAll('"', '""') + '"';
 };
 const csv = () => "\ufeff" + [COLUMNS, ...rows.map(values)].map((line) => line.map(cell).join(",")).join("\r\n") + "\r\n";
@@ -240,9 +254,8 @@ function ready() {
   find(".sd-pin").disabled = !can;
   root.hidden = !can && !rows.length;
 }
-const onFigures = (event) => {
+const onFigures = () => {
   if (!root.isConnected) return document.removeEventListener("sd-figures", onFigures);
-  figures = event.detail && event.detail.final ? event.detail : null;
   setTimeout(ready, 0); // the view shows the end a moment later
 };
 document.addEventListener("sd-figures", onFigures);

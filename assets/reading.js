@@ -6,7 +6,7 @@
 SpecDecode.Refused = class extends Error {};
 SpecDecode.FILE = 16e6; // bytes
 SpecDecode.UNPACKED = 64e6;
-SpecDecode.MOST = 60000; // tokens that a page shows
+SpecDecode.MOST = 60000; // tokens that a page shows, and rounds
 
 {
   const refuse = (why) => { throw new SpecDecode.Refused(why); };
@@ -94,7 +94,7 @@ SpecDecode.MOST = 60000; // tokens that a page shows
     if (!rule || rule.synthetic !== synthetic) refuse("This trace cannot be shown: its rule is not one that is known here.");
     if (settings.temperature > 0 && !rule.samples) refuse("This trace cannot be shown: its rule needs temperature 0.");
     if (!data.rounds.length) refuse("This trace cannot be shown: it holds no rounds.");
-    if (data.rounds.reduce((sum, r) => sum + r.tokens.length, 0) > SpecDecode.MOST) refuse("This trace is too long to be shown in a page: it has more than " + SpecDecode.MOST.toLocaleString("en") + " tokens.");
+    if (data.rounds.reduce((sum, r) => sum + Math.max(1, r.tokens.length), 0) > SpecDecode.MOST) refuse("This trace is too long to be shown in a page: it has more than " + SpecDecode.MOST.toLocaleString("en") + " tokens.");
     return data;
   };
 

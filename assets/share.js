@@ -107,7 +107,7 @@ const panel = make("div", "sd-share-panel",
   make("div", "sd-share-row", button("", "", link, "Copy link"), button("", "", live, "Embed this page"), make("label", "", ask, " opening it asks to run the race")),
   make("p", "sd-share-help", "A link holds the prompt and every setting, in its fragment: no server stores it. Embedded, the page shows the prompt, Run and both lanes, and races on this server."),
   make("div", "sd-share-row", ...made),
-  make("p", "sd-share-help", "A saved replay is one file with everything but Plotly; it needs no network. Local paths are left out, and the system prompt unless “Keep the system prompt in the trace” was checked. To embed it, put the file beside your page."));
+  make("p", "sd-share-help", "A saved replay is one file with the whole race and its view; it needs no network. Local paths are left out, and the system prompt unless “Keep the system prompt in the trace” was checked. To embed it, put the file beside your page."));
 panel.id = "sd-share-panel";
 panel.hidden = true;
 const toggle = button("", "", () => {
@@ -142,6 +142,7 @@ async function rerun() {
   compared.replaceChildren(make("h2", "", "The recording, and the same race run here"), make("p", "", "Both results and their differences appear here when the race is over."));
   press("sd-run");
 }
+const drop = () => { [pending, compared.hidden] = [null, true]; };
 const fill = (text) => new Promise((done) => {
   document.addEventListener("sd-filled", (event) => done(event.detail), { once: true });
   home.dataset.fill = text;
@@ -150,6 +151,7 @@ const fill = (text) => new Promise((done) => {
 function ended() {
   const here = view.race.trace;
   if (!pending || !here || player.active) return;
+  if (here.request.prompt !== pending.request.prompt) return drop(); // another race: that one never began
   const omitted = pending.omitted.includes("system") ? [make("p", "", "The recording left its system prompt out, so the texts may differ for that alone.")] : [];
   const rows = SpecDecode.compare(pending, here), texts = rows.filter((row) => row.name.endsWith(" text"));
   compared.replaceChildren(make("h2", "", texts.every((row) => row.same) ? "The same text here as in the recording" : "Another text here than in the recording"), ...omitted, SpecDecode.compared(rows),
@@ -163,7 +165,7 @@ view.parts.push({
     offer();
     refresh();
     if (phase === "done") ended();
-    if (phase === "failed") [pending, compared.hidden] = [null, true];
+    if (phase === "failed" || (phase === "idle" && !view.root.dataset.recording)) drop();
   },
 });
 

@@ -81,22 +81,6 @@ function flush() {
   root.flushes = (root.flushes || 0) + 1;
 }
 
-// A race of before: what the view held when it was finished.
-view.present = ({ about, costs, rounds, pieces, stats, figures, head, whole }) => {
-  player.leave();
-  dismissed = run || dismissed;
-  [run, have] = ["", 0];
-  const race = new SpecDecode.Race(about, costs);
-  Object.assign(race.pieces, pieces);
-  Object.assign(race, { head, whole: whole || null, final: { stats, figures } });
-  race.span = Math.max(...rounds.map((round) => round.clock));
-  view.reset(race);
-  view.add(rounds);
-  view.show({ phase: "done", stats, about });
-  for (const lane of view.lanes) lane.box.scrollTop = 0;
-  for (const detail of figures ? [null, figures] : [null]) document.dispatchEvent(new CustomEvent("sd-figures", { detail }));
-};
-
 // Empties the view; Clear sends the empty batch, which is no change of the value where no race has been.
 function clear() {
   reset({ run: "" });

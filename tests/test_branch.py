@@ -365,6 +365,8 @@ def test_branches_and_drafts_on_the_page(browser: Any, small: tuple[str, Any]) -
         page.keyboard.press("Enter")
         assert panes(visitor) == [shown, shown] and visitor.count(".sd-text .sd-forced") == forced
         assert visitor.text('[data-k="identical"]') == "✓ identical"
+        page.wait_for_selector(".sd-pin:not([disabled])")  # what it is made of is still there
+        assert page.is_enabled('.sd-share >> text="Save replay (HTML)"')
     assert page.evaluate(PRESSED) == ["true", "false"] and page.is_hidden(".sd-legend .sd-forced")
 
     # a person's rounds
@@ -393,7 +395,9 @@ def test_branches_and_drafts_on_the_page(browser: Any, small: tuple[str, Any]) -
     visitor.phase("done")
     page.wait_for_selector(f"{ROWS}[aria-pressed=true] >> text=drafted by you accepted", state="attached")
     assert panes(visitor) == [text, text] and visitor.count(".sd-speculative .sd-text .a") >= 8
-    page.click("[aria-label='Close the drafter\u2019s panel'], [aria-label=\"Close the drafter's panel\"]")
+    page.focus(".sd-person textarea")
+    page.keyboard.press("Escape")
+    assert page.is_hidden(".sd-person") and visitor.focused().startswith("BUTTON")
     page.click(".sd-speculative .sd-text .a >> nth=0")
     assert "drafted by person" in visitor.text(".sd-inspector") and "Draft from here" in visitor.text(".sd-inspector")
     page.click("[aria-label='Previous round']")

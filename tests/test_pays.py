@@ -15,15 +15,17 @@ from ui_fakes import FakeRace, FakeSource, fake_load
 from spec_decode.bench import gauges, record
 from spec_decode.bench.method import WARM_UP
 from spec_decode.errors import ModelError, PromptError, SettingsError, UserError
+from spec_decode.events import Trace
 from spec_decode.request import Request
+from spec_decode.session.caption import head
 from spec_decode.session.device import Engine, Limits
 from spec_decode.session.pays import LENGTHS, RAW, REPEATS, Desk, View, Wanted
 from spec_decode.session.pays_prompts import MOST_BYTES, MOST_PROMPTS, read_prompts
 from spec_decode.settings import Settings
 from spec_decode.sources import Recording
 from spec_decode.ui.form import settings_from_form
+from spec_decode.ui.linked import form_values
 from spec_decode.ui.pays import Reports, _of_race
-from spec_decode.ui.pins import form_values
 
 ALL = len(LENGTHS) * REPEATS
 
@@ -315,6 +317,19 @@ def test_a_race_of_another_model_is_not_measured_here() -> None:
     assert _of_race(ready(FakeSource()), json.dumps({**head, "pair": {"target": "fake-target"}})).prompts
 
 
+def test_a_race_of_a_model_in_a_directory_is_measured_and_the_directory_is_not_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair = {"target": "/models/mine", "drafter": "fake-drafter", "device": "cpu", "dtype": "int8"}
+    monkeypatch.setattr(FakeSource, "info", pair)
+    engine = ready(FakeSource())
+    told = head(Trace(Request("a").to_dict(), pair, {}, 1, ()))
+    wanted = _of_race(engine, json.dumps(told))
+    assert told["pair"]["target"] == "mine" and [prompt["prompt"] for prompt in wanted.prompts] == ["a"]
+    views = list(Desk(engine).run("a", Wanted(tuple(read_prompts("hello")), wanted.request, reports=True)))
+    assert views[-1].reports and not any("/models" in text for text in views[-1].reports.values())
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -325,7 +340,8 @@ def test_a_race_of_another_model_is_not_measured_here() -> None:
     ],
 )
 def test_the_form_takes_the_settings_of_a_pinned_result(settings: Settings) -> None:
-    assert settings_from_form(form_values(settings)) == settings
+    values = {"lenience": 0.3, "draft_length": 4} | form_values(Request("p", settings))
+    assert settings_from_form(values) == settings
 
 
 def test_reports_are_kept_for_the_last_few_visitors_only() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 import pytest
 from test_browser import FALLS, Visitor, browser, pytestmark, serving  # noqa: F401
 from ui_fakes import FakeSource, fake_load
+
+from spec_decode.paths import ASSETS
 
 PAYS = "button[role=tab]:has-text('Does it pay?')"
 RACE = "button[role=tab]:has-text('Race')"
@@ -104,12 +108,59 @@ def test_draft_lengths_are_measured_under_a_race_and_results_are_pinned(
     page.click(".sd-pins-show >> nth=1")
     page.wait_for_function("document.querySelector('#sd-prompt textarea').value.startsWith('=HYPER')")
     assert page.input_value("#sd-max-new-tokens input") == "48"
-    visitor.phase("done")
+    page.wait_for_selector('.sd-race[data-recording="ended"]')
     assert visitor.text('[data-k="speculative.tokens"]') == "48" and visitor.count(".sd-baseline .sd-text .t") == 48
     assert "Shown again" in visitor.text(".sd-pins-said") and visitor.count(".sd-text img") == 0
+    page.click("#sd-clear")
+    page.wait_for_function("document.querySelectorAll('.sd-text .t').length === 0")
     page.click(".sd-pins-delete >> nth=0")
     assert visitor.count(".sd-pins-table tbody tr") == 1
     assert visitor.errors == [] and visitor.outside == []
+    page.close()
+
+
+# what the page keeps of pinned results: the rows, and their traces
+KEPT = """async () => {
+  const got = (asked) => new Promise((done) => { asked.onsuccess = () => done(asked.result); });
+  const db = await got(indexedDB.open("spec-decode-pins", 1));
+  const all = await got(db.transaction("traces").objectStore("traces").getAll());
+  const text = (bytes) => new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  return [localStorage.getItem("spec-decode-pins"), ...await Promise.all(all.map(text))];
+}"""
+
+
+def test_a_pin_keeps_no_system_prompt_and_a_file_brings_no_formula(
+    browser: Any,  # noqa: F811
+    served: tuple[str, FakeSource],
+) -> None:
+    visitor = Visitor(browser, served[0], width=1440, height=1000, reduced_motion="reduce").ready()
+    page = visitor.page
+    page.fill("#sd-system textarea", "A secret of mine")
+    page.check("#sd-keep-system input")
+    raced(visitor, "A prompt of its own", max_new_tokens=24)
+    page.click(".sd-pin")
+    page.wait_for_function(f"({KEPT})().then((kept) => kept.length === 2)")
+    assert not any("secret" in text for text in page.evaluate(KEPT))
+
+    data = json.loads(gzip.decompress((ASSETS / "replays/code.json.gz").read_bytes()))
+    data["pair"]["device"], data["machine"] = ["=1+1"], {"gpu": ["=2+2"]}
+    page.set_input_files(
+        ".sd-share input[type=file]",
+        {"name": "trace.json", "mimeType": "application/json", "buffer": json.dumps(data).encode()},
+    )
+    page.wait_for_selector('.sd-race[data-recording="ended"]')
+    page.click(".sd-pin")
+    with page.expect_download() as download:
+        page.click(".sd-pins-tools >> text=CSV")
+    table = list(csv.reader(io.StringIO(Path(download.value.path()).read_text(encoding="utf-8-sig"), newline="")))
+    assert len(table) == 3 and not any(cell.startswith(("=", "@", "+")) for row in table for cell in row), table[1]
+
+    page.fill("#sd-system textarea", "")
+    page.click(".sd-pins-show >> nth=1")
+    page.wait_for_selector(".sd-player-prompt >> text=A prompt of its own")
+    assert "Its system prompt is not kept." in visitor.text(".sd-pins-said")
+    assert "secret" not in visitor.text("#sd-main")
+    assert visitor.errors == []
     page.close()
 
 

@@ -66,6 +66,17 @@ def test_a_link_holds_the_system_prompt_when_chosen_and_not_otherwise() -> None:
     assert link.read(link.write(request, system=True)) == request
 
 
+LOCAL = ("/home/someone/my-drafter", "~/my-drafter/", "./my-drafter", "C:\\models\\my-drafter", "\\\\host\\my-drafter")
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_a_link_holds_no_directory_of_this_machine(name: str) -> None:
+    asked = link.read(link.write(Request("p", drafter=name)))
+    assert asked is not None and asked.drafter == "my-drafter"
+    assert link.offered(asked.drafter, ("lookup", name)) == name and link.offered(asked.drafter, ("lookup",)) is None
+    assert wanted("#" + link.write(Request("p", drafter=name)), ("lookup", name), False) == (name, False)
+
+
 def test_a_link_is_bounded() -> None:
     sentence = "The quick brown fox jumps over the lazy dog. "
     assert len(link.write(Request(sentence * 2000))) < link.LONGEST, "it is compressed"

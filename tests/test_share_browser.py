@@ -13,7 +13,7 @@ from typing import Any
 import hostile
 import pytest
 from test_browser import CHROMIUM, SPOKEN, Visitor, browser, fake_app, served  # noqa: F401
-from test_share import REQUESTS, SCENES, accepted
+from test_share import LOCAL, REQUESTS, SCENES, accepted
 
 from spec_decode.events import BASELINE, SPECULATIVE, Promises, Trace
 from spec_decode.session.caption import about
@@ -179,6 +179,24 @@ def test_a_race_is_shared_opened_and_run_again(browser: Any, fake_app: Any, tmp_
     wanted = compare.compare(trace, source.races[-1].trace)
     assert rows == [[json.dumps(w.same), w.name, w.recorded, w.here] for w in wanted]
     assert "The same text here" in visitor.text(".sd-compare h2")
+
+    # a link that is opened during a race fills the form and says nothing of the race; what was cleared is not compared
+    source.pace = 2.0
+    page.evaluate(DROP, ["saved.html", file.read_text(encoding="utf-8")])
+    page.wait_for_selector(".sd-race[data-recording]")
+    page.wait_for_selector('.sd-player >> text="Run this again here"')
+    page.click('.sd-player >> text="Run this again here"')
+    visitor.phase("running")
+    page.evaluate("(fragment) => { location.hash = fragment; }", address.partition("#")[2])
+    page.wait_for_selector(".sd-share-says >> text=The form was filled from the link.")
+    assert page.get_attribute("#sd-status p", "data-state") == "busy"
+    page.click("#sd-clear")
+    visitor.phase("idle")
+    source.pace = 0.0
+    page.wait_for_selector("#sd-run:not([disabled])")
+    visitor.run("Another prompt", max_new_tokens=8)
+    visitor.phase("done")
+    assert page.is_hidden(".sd-compare")
     assert visitor.violations() == [] and visitor.errors == [] and visitor.outside == []
     page.close()
 
@@ -229,6 +247,9 @@ def test_the_browser_says_of_a_trace_what_the_server_says(browser: Any, fake_app
             "prompt": request.prompt, "drafter": request.drafter, "thinking": request.thinking,
         }  # fmt: skip
         assert link.read(page.evaluate(LINK, [form, True])) == request
+    for name in LOCAL:
+        local = link.read(page.evaluate(LINK, [{"prompt": "p", "drafter": name}, False]))
+        assert local is not None and local.drafter == "my-drafter", name
     noise = "".join(chr(0x4E00 + (i * 7919) % 20000) for i in range(9000))
     refused = page.evaluate(f"(a) => ({LINK})(a).then(() => '', (e) => e.message)", [{"prompt": noise}, False])
     assert refused == link.TOO_LONG

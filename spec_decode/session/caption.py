@@ -28,6 +28,7 @@ SYNTHETIC = (
 )
 NOT_EXACT = "This source does not promise that its texts follow the target’s own distribution."
 NOT_SAME = "This source does not promise that both lanes write the same text."
+UNDRAWN = [PERSON, *(kind.name for kind in KINDS if not kind.model_types)]  # drafters whose tokens have no q
 
 
 def about(
@@ -46,7 +47,7 @@ def about(
         "deciding": settings.deciding.name,
         "temperature": settings.temperature,
         "lenience": settings.lenience,
-        "undrawn": [PERSON, *(kind.name for kind in KINDS if not kind.model_types)],
+        "undrawn": UNDRAWN,
         "exact": exact,
         "same_text": same_text,
         "synthetic": settings.synthetic,

@@ -234,7 +234,7 @@ class Job:
                     f"The prompt “{prompt['id']}” has {tokens:,} tokens; at most {MOST_PROMPT_TOKENS:,} are measured."
                 )
         bench.check()
-        traces = bench.warm_up()
+        traces = {name: trace.exported() for name, trace in bench.warm_up().items()}
         bandwidth = read_bandwidth(str(held.info.get("device", "cpu")))
         instruments.fastest = bandwidth["bytes_per_second"]
         told = header(bench, traces, {"bandwidth": bandwidth, "missing": gauges.missing}, "python app.py")

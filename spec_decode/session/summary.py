@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ..events import BASELINE, SPECULATIVE, Round, Trace
+from ..trace_format import portable
 from .tally import Tally
 
 Detail = Literal["summary", "rounds"]
@@ -60,8 +61,8 @@ def summary(trace: Trace, detail: Detail = "summary") -> dict[str, Any]:
 
 
 def names(pair: dict[str, Any]) -> dict[str, Any]:
-    """Of a pair its names alone, without revisions and sums of weights."""
-    return {key: pair[key] for key in ("target", "drafter", "device", "dtype") if key in pair}
+    """Of a pair its names alone, without revisions and sums of weights, and without directories of this machine."""
+    return {key: portable(pair[key]) for key in ("target", "drafter", "device", "dtype") if key in pair}
 
 
 def _lane(trace: Trace, lane: str, stats: dict[str, Any], detail: Detail) -> dict[str, Any]:

@@ -11,11 +11,13 @@ import json
 import re
 import zlib
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UserError
 from ..request import Request
 from ..settings import Settings
+from ..trace_format import portable
 
 VERSION = 1
 LONGEST = 8000  # characters of a fragment; longer addresses are cut by some programs
@@ -39,7 +41,8 @@ def write(request: Request, system: bool = False, run: bool = False) -> str:
     """The fragment of this request, without the sign #.
 
     Args:
-        system: put the system prompt into it. It is left out otherwise.
+        system: put the system prompt into it. It is left out otherwise, and of a drafter in a directory of this machine
+            all but the last component.
         run: ask to run the race when the link is opened.
 
     Raises:
@@ -57,7 +60,7 @@ def write(request: Request, system: bool = False, run: bool = False) -> str:
         data["settings"] = changed
     if request.settings.temperature:
         data.setdefault("settings", {})["temperature"] = request.settings.temperature
-    data |= {"drafter": request.drafter} if request.drafter else {}
+    data |= {"drafter": portable(request.drafter)} if request.drafter else {}
     data |= {"system": request.system} if request.system and system else {}
     data |= {"thinking": True} if request.thinking else {}
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -95,6 +98,11 @@ def read(fragment: str) -> Request | None:
         return parse(plain.decode("utf-8"))
     except (ValueError, zlib.error) as error:
         raise error if isinstance(error, LinkError) else _damaged("it was cut or changed on its way") from error
+
+
+def offered(drafter: str | None, drafters: Sequence[str]) -> str | None:
+    """Which of these drafters a link means, where it is one of them."""
+    return next((name for name in drafters if drafter in (name, portable(name))), None) if drafter else None
 
 
 def parse(text: str) -> Request:

@@ -16,7 +16,6 @@ from html import escape
 from typing import Any
 
 from .. import __version__
-from ..drafters.kinds import KINDS, PERSON
 from ..events import Trace
 from ..glossary import TERMS
 from ..paths import ASSETS
@@ -48,7 +47,7 @@ def tables() -> dict[str, Any]:
             rule.name: {name: getattr(rule, name) for name in ("exact", "same_text", "samples", "lenient", "synthetic")}
             for rule in TABLE
         },
-        "undrawn": [PERSON, *(kind.name for kind in KINDS if not kind.model_types)],
+        "undrawn": caption.UNDRAWN,
         "settings": Settings().to_dict(),
         "sentences": {
             name: getattr(caption, name) for name in ("LOSSY", "INDEPENDENT", "SYNTHETIC", "NOT_EXACT", "NOT_SAME")

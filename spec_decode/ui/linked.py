@@ -25,8 +25,7 @@ def wanted(fragment: object, drafters: Sequence[str], thinking: bool) -> tuple[s
         request = None
     if request is None:
         return drafters[0], thinking
-    asked = request.drafter
-    return asked if asked is not None and asked in drafters else drafters[0], request.thinking
+    return link.offered(request.drafter, drafters) or drafters[0], request.thinking
 
 
 def form_values(request: Request) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ..session import pays
 from ..session.device import Engine
 from ..session.pays import Desk, View, Wanted
 from ..session.pays_prompts import MOST_BYTES, MOST_PROMPT_TOKENS, MOST_PROMPTS, read_prompts
+from ..trace_format import portable
 from .components import asset, script
 from .controls import Panel
 from .form import CONTROLS, settings_from_form
@@ -207,7 +208,7 @@ def _of_race(engine: Engine, asked: str) -> Wanted:
     if not isinstance(head, dict) or "request" not in head:
         raise SettingsError("race", NO_RACE)
     here, there = engine.status().pair or {}, head.get("pair") or {}
-    if here and there.get("target") != here.get("target"):
+    if here and there.get("target") != portable(here.get("target")):  # a page gets no directory of this machine
         raise SettingsError("race", "This race was run on another model; race the prompt again first.")
     return Wanted.of_race(head["request"])
 

@@ -13,12 +13,11 @@ import gradio as gr
 
 from ..errors import UserError
 from ..request import Request
-from ..rules import default
 from ..session.device import Engine
-from ..settings import Settings
 from .components import asset, script
 from .controls import Panel
 from .form import CONTROLS
+from .linked import form_values
 from .wiring import AT_ONCE
 
 
@@ -35,29 +34,21 @@ def pinned(engine: Engine, prompt: gr.Textbox, panel: Panel) -> None:
 
     def pins_restore(asked: str) -> list[Any]:
         try:
-            wanted = Request.from_dict(json.loads(asked))
+            data = json.loads(asked)
+            wanted = Request.from_dict(data)
         except (UserError, TypeError, ValueError, RecursionError):  # what a page sends may be anything
-            return [gr.skip()] * (3 + len(controls))
+            wanted = None
+        if wanted is None or wanted.settings.synthetic:  # which the form has no place for
+            return [gr.skip()] * (4 + len(controls))
         offered = engine.status().drafters
         drafter = wanted.drafter or (offered[0] if offered else None)
-        values = form_values(wanted.settings)
+        values = form_values(wanted)
         return [
             wanted.prompt,
             drafter if drafter in offered else gr.skip(),
             wanted.thinking,
-            *(values[name] for name in CONTROLS),
+            (wanted.system or "") if "system" in data else gr.skip(),  # what it was is not always known
+            *(values.get(name, gr.skip()) for name in CONTROLS),
         ]
 
-    pins.input(pins_restore, pins, [prompt, panel.drafter, panel.thinking, *controls], **AT_ONCE)
-
-
-def form_values(settings: Settings) -> dict[str, Any]:
-    """What the controls show for these settings, by the names in `form.CONTROLS`; `form.settings_from_form` is its
-    inverse."""
-    fixed = isinstance(settings.draft_length, int)
-    values = settings.to_dict()
-    values["policy"] = "fixed" if fixed else settings.draft_length
-    values["draft_length"] = settings.draft_length if fixed else 4
-    if settings.rule == default(settings.temperature).name:
-        values["rule"] = "auto"
-    return {name: values[name] for name in CONTROLS}
+    pins.input(pins_restore, pins, [prompt, panel.drafter, panel.thinking, panel.system, *controls], **AT_ONCE)

@@ -25,7 +25,7 @@ from .wiring import Page, note_html, status_html
 
 SCRIPTS = ("about.js", "reading.js", "image.js", "link.js", "compare.js", "share.js")
 # What is to be put into the form: what the script of this row says, else the link in the page's address.
-WANTED = "() => [document.querySelector('.sd-share')?.dataset.fill || location.hash.slice(0, 20000)]"
+WANTED = "(_, seen) => [document.querySelector('.sd-share')?.dataset.fill || location.hash.slice(0, 20000), seen]"
 FORM = """(...values) => {{
   const detail = Object.fromEntries({names}.map((name, i) => [name, values[i]]));
   document.dispatchEvent(new CustomEvent("sd-form", {{ detail }}));
@@ -75,7 +75,7 @@ def connect(engine: Engine, share: Share, page: Page) -> None:
     prompt, panel, note = page.prompt, page.panel, page.note
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
 
-    def fill(text: str) -> dict[Any, Any]:
+    def fill(text: str, seen: str) -> dict[Any, Any]:
         """The form as a link asks for it, or a sentence beneath the prompt."""
         text = text if isinstance(text, str) else ""
         try:
@@ -98,10 +98,12 @@ def connect(engine: Engine, share: Share, page: Page) -> None:
             out[panel.thinking] = gr.update(value=request.thinking)
         missing = ""
         if now.phase == "ready":
-            own = request.drafter if request.drafter in now.drafters else now.drafters[0]
+            known = link.offered(request.drafter, now.drafters)
+            own = known or now.drafters[0]
             out[panel.drafter] = gr.update(choices=list(now.drafters), value=own, info=drafter_help(own))
-            out[page.status] = status_html(now, drafter=own)
-            if request.drafter not in (None, own):
+            if 'data-state="busy"' not in str(seen):  # else it goes on naming the drafter of the race
+                out[page.status] = status_html(now, drafter=own)
+            if request.drafter and not known:
                 missing = f"This server does not offer the drafter {quoted(request.drafter)}; its own drafts."
         elif now.phase == "absent":
             missing = "This server has no model, so the race of this link cannot run here."
@@ -118,7 +120,8 @@ def connect(engine: Engine, share: Share, page: Page) -> None:
     }
     share.form.click(None, list(form.values()), None, js=FORM.format(names=list(form)), **quiet)
     filled = [*form.values(), note, share.said, page.status]
-    share.fill.click(fill, share.link, filled, js=WANTED, **quiet).then(None, share.said, None, js=FILLED, **quiet)
+    filling = share.fill.click(fill, [share.link, page.status], filled, js=WANTED, **quiet)
+    filling.then(None, share.said, None, js=FILLED, **quiet)
 
 
 def routes() -> list[Route]:
