@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from . import metrics
-from .events import Trace
+from .events import Token, Trace
 from .paths import ASSETS
 from .request import Request
 from .sources import Source
 
 FOLDER = ASSETS / "replays"
 DIGITS = 6  # significant digits of the numbers that are stored
+TOP_DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,17 @@ def packed(trace: Trace) -> bytes:
 
 def rounded(trace: Trace, digits: int = DIGITS) -> Trace:
     """The trace with probabilities, seconds and what was compared to so many significant digits: with six, clocks below
-    ten seconds are kept to 10 µs."""
-    return replace(trace, rounds=tuple(_mapped(r, lambda x: float(f"{x:.{digits}g}")) for r in trace.rounds))
+    ten seconds are kept to 10 µs. Of alternatives, most of what a trace holds, probabilities are kept to `TOP_DIGITS`."""
+
+    def to(digits: int) -> Callable[[float], float]:
+        return lambda x: float(f"{x:.{digits}g}")
+
+    def fewer(token: Token) -> Token:
+        tops = _mapped((token.target_top, token.drafter_top), to(min(digits, TOP_DIGITS)))
+        return replace(token, target_top=tops[0], drafter_top=tops[1])
+
+    rounds = (_mapped(r, to(digits)) for r in trace.rounds)
+    return replace(trace, rounds=tuple(replace(r, tokens=tuple(map(fewer, r.tokens))) for r in rounds))
 
 
 def _raced(source: Source, request: Request) -> Trace:

@@ -136,11 +136,21 @@ def _stops(name: str) -> tuple[gr.Button, gr.Button]:
     return leave, stop
 
 
+# The script comes once: with the view under the race, which hands it to the one in the tab.
+_CALL = "window.sdPays(element, props, watch);"
+_LATER = f"""const begin = (tries) => {{
+  if (window.sdPays) {_CALL}
+  else if (tries) setTimeout(begin, 50, tries - 1);
+}};
+begin(200);"""
+
+
 def _view(elem_id: str, kind: str) -> gr.HTML:
+    first = f"window.sdPays = (element, props, watch) => {{ {script('pays.js')} }};\n{_CALL}"
     return gr.HTML(
         pays.idle(),
         html_template=asset("pays.html"),
-        js_on_load=script("pays.js"),
+        js_on_load=first if kind == "race" else _LATER,
         apply_default_css=False,
         kind=kind,
         lengths=[0, *pays.LENGTHS],
