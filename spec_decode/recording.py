@@ -68,7 +68,7 @@ def packed(trace: Trace) -> bytes:
 
 def rounded(trace: Trace, digits: int = DIGITS) -> Trace:
     """The trace with probabilities, seconds and what was compared to so many significant digits: with six, clocks below
-    ten seconds are kept to 10 µs. Of alternatives, most of what a trace holds, probabilities are kept to `TOP_DIGITS`."""
+    ten seconds are kept to 10 µs. Of alternatives, most of a trace, they are kept to `TOP_DIGITS`."""
 
     def to(digits: int) -> Callable[[float], float]:
         return lambda x: float(f"{x:.{digits}g}")
