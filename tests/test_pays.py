@@ -18,7 +18,7 @@ from spec_decode.errors import ModelError, PromptError, SettingsError, UserError
 from spec_decode.events import Trace
 from spec_decode.request import Request
 from spec_decode.session.caption import head
-from spec_decode.session.device import Engine, Limits
+from spec_decode.session.device import Engine, Gone, Limits, Turns
 from spec_decode.session.pays import LENGTHS, RAW, REPEATS, Desk, View, Wanted
 from spec_decode.session.pays_prompts import MOST_BYTES, MOST_PROMPTS, read_prompts
 from spec_decode.settings import Settings
@@ -144,6 +144,24 @@ def test_a_race_that_waits_goes_before_the_next_measurement() -> None:
         assert not mine, "who gives up gets no turn, and takes none from others"
     with turns.alone() as mine:
         assert mine
+
+
+def test_a_race_whose_caller_has_gone_keeps_nobody_waiting() -> None:
+    turns, here = Turns(), True
+    turns.caller = lambda: lambda: not here
+    end = turns.begin_race()
+    with turns.alone(lambda: True) as mine:
+        assert not mine
+    here = False
+    with turns.alone(lambda: True) as mine:
+        assert mine
+    with pytest.raises(Gone), turns.shared():
+        raise AssertionError("nobody is there to run this")
+    here = True
+    for _ in range(2):
+        end()
+    with turns.shared(), turns.alone(lambda: True) as mine:
+        assert not mine, "a race that is ended twice ends no other"
 
 
 def test_stop_keeps_what_was_measured() -> None:

@@ -347,6 +347,23 @@ def test_a_race_that_is_cancelled_twice_is_closed(served: Served, monkeypatch: p
     assert not served.page.app.iterators
 
 
+@pytest.mark.parametrize("name", ["race", "advise", "prove"])
+def test_who_leaves_while_waiting_for_a_measurement_holds_up_no_other(served: Served, name: str) -> None:
+    """Such as a visitor who presses Run while draft lengths are measured, and then Stop."""
+    turns, calls = served.engine.turns, {"advise": [["a b"], 0, 1, 0, 8, 1, 0, "auto", 0.3, ""]}
+    calls |= {"race": arguments(), "prove": ["rejection", "model", "3", 1, 500, 0]}
+    with turns.alone() as mine:
+        assert mine
+        assert served.join("hasty", name, calls[name]).status_code == 200
+        wait(lambda: turns._waiting)
+        body = {"session_hash": "hasty", "fn_index": served.names[name]["id"], "event_id": "another"}
+        assert served.http.post("gradio_api/cancel", json=body).status_code == 200
+        wait(lambda: not turns._waiting, 5)
+    end = time.monotonic() + 5
+    with turns.alone(lambda: time.monotonic() > end) as mine:
+        assert mine and not served.source.races, "what nobody waits for any more was not begun"
+
+
 def test_a_race_that_is_cancelled_before_it_begins_gives_its_place_back(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from ..sources import Race, Recording, Source
 
 T = TypeVar("T")
 Progress = Callable[[str], None]
-
+LOOK = 0.2  # seconds between two looks of those who wait for a turn at whether they still should
 
 ABSENT = (
     "This server has no model: it shows recordings. To race your own prompts, run Spec Decode on your machine: "
@@ -72,6 +72,10 @@ class Limits:
             )
 
 
+class Gone(BaseException):
+    """Whoever waited for a turn no longer wants it. No error of theirs: nobody is left to be told."""
+
+
 class Turns:
     """Whose turn it is: of races, or of one measurement that takes minutes as a whole and must not be disturbed.
 
@@ -79,49 +83,65 @@ class Turns:
     most, never for the whole of them. Between two races it is the turn of a measurement: Gradio begins the next race a
     moment after the last. Races among themselves are kept apart by Gradio's queue.
 
+    A call that is cancelled leaves a thread behind, whose race may stay open for as long as something holds it. No
+    measurement waits for that.
+
     Attributes:
         races: how many were begun so far.
+        caller: asked by whoever begins a race, in its own thread; what it returns tells whether that caller has gone.
     """
 
     def __init__(self) -> None:
         self.races = 0
+        self.caller: Callable[[], Callable[[], bool]] = lambda: lambda: False
         self._changed = threading.Condition()
-        self._open = self._waiting = 0
+        self._open: dict[object, Callable[[], bool]] = {}  # races → whether their callers have gone
+        self._waiting = 0
         self._measuring = False
 
-    def begin_race(self) -> None:
-        """Waits until no measurement runs."""
+    def begin_race(self) -> Callable[[], None]:
+        """Waits until no measurement runs. Returns what is to be called when the race is over; once is enough.
+
+        Raises:
+            Gone: the caller has gone meanwhile.
+        """
+        race, gone = object(), self.caller()
         with self._changed:
             self._waiting += 1
             try:
-                self._changed.wait_for(lambda: not self._measuring)
+                while self._measuring and not gone():
+                    self._changed.wait(LOOK)
             finally:
                 self._waiting -= 1
-            self._open += 1
+                self._changed.notify_all()
+            if gone():
+                raise Gone
+            self._open[race] = gone
             self.races += 1
 
-    def end_race(self) -> None:
-        """A race that was begun is over."""
-        with self._changed:
-            self._open -= 1
-            self._changed.notify_all()
+        def end() -> None:
+            with self._changed:
+                self._open.pop(race, None)
+                self._changed.notify_all()
+
+        return end
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """The turn of something that takes the device as a race does."""
-        self.begin_race()
+        """The turn of something that takes the device as a race does; raises as `begin_race`."""
+        end = self.begin_race()
         try:
             yield
         finally:
-            self.end_race()
+            end()
 
     @contextmanager
     def alone(self, given_up: Callable[[], bool] = lambda: False) -> Iterator[bool]:
         """Waits until nothing else uses the device, and keeps races waiting. False once it was given up before that,
         which is asked a few times a second."""
         with self._changed:
-            while not (free := not (self._measuring or self._open or self._waiting)) and not given_up():
-                self._changed.wait(0.2)
+            while not (free := self._free()) and not given_up():
+                self._changed.wait(LOOK)
             self._measuring = self._measuring or free
         try:
             yield free
@@ -130,6 +150,9 @@ class Turns:
                 with self._changed:
                     self._measuring = False
                     self._changed.notify_all()
+
+    def _free(self) -> bool:
+        return not (self._measuring or self._waiting) and all(gone() for gone in self._open.values())
 
 
 class Engine:
@@ -189,11 +212,11 @@ class Engine:
         """
         self.limits.check(request.settings)
         source = self.source
-        self.turns.begin_race()
+        end = self.turns.begin_race()
         try:
-            opened = OpenRace(self.submit(lambda: source.race(request)).result(), self.submit, self.turns.end_race)
+            opened = OpenRace(self.submit(lambda: source.race(request)).result(), self.submit, end)
         except BaseException:
-            self.turns.end_race()
+            end()
             raise
         self._running[visitor] = opened
         return opened

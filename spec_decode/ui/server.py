@@ -20,6 +20,7 @@ from urllib.parse import parse_qs
 
 import gradio as gr
 from fastapi import HTTPException
+from gradio.context import LocalContext
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -85,6 +86,12 @@ class Guard:
         self._unheard: dict[str, float] = {}  # event, or session without events → since when nobody listens
         self._push = queue.push
         queue.push = self._admit  # type: ignore[method-assign]
+        engine.turns.caller = self._caller
+
+    def _caller(self) -> Callable[[], bool]:
+        """Whether the call that this thread works for is over. A call outside of the queue never is."""
+        key, events = LocalContext.event_id.get(None), self._queue.event_ids_to_events
+        return lambda: key is not None and key not in events
 
     async def _admit(self, body: Any, request: Any, username: str | None) -> Any:
         """Gradio's `push`, but for calls without all their arguments, and for races of those who have enough of them
