@@ -17,6 +17,7 @@ from spec_decode.bench.method import WARM_UP
 from spec_decode.errors import ModelError, PromptError, SettingsError, UserError
 from spec_decode.events import Trace
 from spec_decode.request import Request
+from spec_decode.session import pays
 from spec_decode.session.caption import head
 from spec_decode.session.device import Engine, Gone, Limits, Turns
 from spec_decode.session.pays import LENGTHS, RAW, REPEATS, Desk, View, Wanted
@@ -206,6 +207,28 @@ def test_a_visitor_who_leaves_ends_the_job() -> None:
     race = engine.open("w", Request("hello", Settings(max_new_tokens=4)))
     engine.close("w", race)
     assert len(source.races) == mark + 1
+
+
+@pytest.mark.parametrize("seen", [1, 3], ids=["warming", "running"])
+def test_a_job_that_waits_for_another_race_can_be_stopped_and_closed(
+    seen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pays, "PATIENCE", 0.1)
+    source = FakeSource()
+    engine = ready(source)
+    desk = Desk(engine)
+    for end in ("stop", "close"):
+        job = desk.run("v", wanted())
+        for _ in range(seen):
+            view = next(job)
+        race, mark = engine.open("w", Request("a long race", Settings(max_new_tokens=8))), len(source.races)
+        assert next(job) == next(job) == view, "what was shown stays"
+        if end == "stop":
+            assert desk.stop("v")
+            assert told(next(job))["phase"] == ("stopped" if seen == 1 else "stopping")
+        job.close()
+        assert not desk.stop("v") and len(source.races) == mark, "nothing runs beside the race"
+        engine.close("w", race)
 
 
 def test_what_fails_on_the_way_ends_in_a_sentence_with_what_there_is() -> None:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as TooLong
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -43,6 +43,7 @@ REPEATS = 3
 MOST_TOKENS = 256  # new tokens a lane
 USUAL_TOKENS = 96
 MOST_SECONDS = 3_600  # of a whole job
+PATIENCE = 1.0  # seconds that a job waits for a turn at a stretch
 RAW = "spec-decode-measurements.jsonl"
 OFF = "Measuring draft lengths is switched off on this server."
 NO_MODEL = "This page plays a recording; draft lengths are measured where a model runs."
@@ -163,19 +164,29 @@ class Job:
 
     def run(self) -> Iterator[View]:
         engine, turns = self._engine, self._engine.turns
-        yield self._view("warming")
-        with turns.alone():
-            bench, contents = engine.submit(self._begin).result()
-            races, planned = turns.races, int(contents.header["planned"])
+        begun: tuple[Bench, Contents] | None = None
+        while begun is None:
+            yield self._view("warming")
+            with turns.alone(self._given_up()) as mine:
+                if mine:
+                    begun, races = engine.submit(self._begin).result(), turns.races
+            if self._stopped.is_set() and begun is None:
+                yield self._view("stopped", done=0, of=0)
+                return
+        bench, contents = begun
+        planned = int(contents.header["planned"])
         measuring, began, words = bench.run(), time.perf_counter(), ""
-        yield self._view("running", of=planned)
-        while not self._stopped.is_set():
+        view = self._view("running", of=planned)
+        while True:
+            yield view
+            if self._stopped.is_set():
+                break
             if time.perf_counter() - began > MOST_SECONDS:
                 words = f"Stopped after {MOST_SECONDS // 60} minutes, which is as long as this may take."
                 break
-            with turns.alone(self._stopped.is_set) as mine:
+            with turns.alone(self._given_up()) as mine:
                 if not mine:
-                    break
+                    continue
                 if turns.races != races:
                     bench.cold()
                     races = turns.races
@@ -196,12 +207,22 @@ class Job:
                 self._count(made, contents.measurements)
             done = len(contents.measurements)
             left = (time.perf_counter() - began) / done * (planned - done)
-            yield self._view("running", done=done, of=planned, left=round(left, 1))
+            view = self._view("running", done=done, of=planned, left=round(left, 1))
         if self._stopped.is_set():
-            yield self._view("stopping", done=len(contents.measurements), of=planned)
-        with turns.alone():
-            last = self._last(bench, contents, words)
-        yield last
+            view = self._view("stopping", done=len(contents.measurements), of=planned)
+            yield view
+        last: View | None = None
+        while last is None:
+            with turns.alone(self._given_up(stopped=False)) as mine:
+                if mine:
+                    last = self._last(bench, contents, words)
+            yield last or view
+
+    def _given_up(self, stopped: bool = True) -> Callable[[], bool]:
+        """Asked by a wait for a turn: it is over after `PATIENCE`, and where a job is not to be `stopped` before it
+        has its turn, with the job. Then the iterator can be closed, and a visitor who has gone is noticed."""
+        end = time.monotonic() + PATIENCE
+        return lambda: (stopped and self._stopped.is_set()) or time.monotonic() > end
 
     def _begin(self) -> tuple[Bench, Contents]:
         """On the engine's thread: the plan, the prompts counted, everything warmed up."""
