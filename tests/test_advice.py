@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spec_decode.bench.advice import SAME, Advice, advise
+from spec_decode.bench.advice import SAME, Advice, _Advisor, advise
+from spec_decode.bench.intervals import Interval
 from spec_decode.bench.measurement import Measurement
 from spec_decode.bench.reasons import COMPUTE_BOUND, FEW_ACCEPTED, OTHER_SHARE
 from spec_decode.bench.words import Sentence
+from spec_decode.student import quantile
 from tests.worlds import Length, Text, World, cliff, even, measured
 
 SEEDS = 8
@@ -160,6 +162,38 @@ def runs(name: str) -> list[tuple[int, Advice]]:
         (advice,) = advise(measured(CASES[name].world, seed))
         found.append((seed, advice))
     return found
+
+
+class Pairs:
+    """Speedups of eight prompts in each of two categories whose t-tests have the p-values given, 1 where none is."""
+
+    general, kinds = True, ["code", "prose"]
+    lengths: tuple[Length, ...] = (1, 2, 3, 4, 6, 8)
+
+    def __init__(self, p_values: dict[tuple[Length, str], float]) -> None:
+        self.p_values = p_values
+
+    def of(self, length: Length, category: str) -> np.ndarray:
+        scatter = np.array([-1.0, 1.0] * 4)
+        t = quantile(1 - self.p_values.get((length, category), 1.0) / 2, 7)
+        return scatter + t * scatter.std(ddof=1) / math.sqrt(8)
+
+    def shown(self, length: Length, category: str) -> Interval:
+        return Interval(1.2, 1.1, 1.3, 8)
+
+
+@pytest.mark.parametrize("settled", [0, 8])
+def test_a_category_is_judged_among_all_pairs_of_which_something_might_be_said(settled: int) -> None:
+    """The best draft length of six is known from the same measurements, so each of the twelve pairs counts: p = 0.003
+    is little among them at 1.5 %, and enough among the four that are left once eight are settled."""
+    pairs = [(n, k) for n in Pairs.lengths for k in Pairs.kinds if (n, k) != (4, "code")]
+    advisor: Any = object.__new__(_Advisor)
+    advisor.speedups = Pairs({(4, "code"): 0.003} | dict.fromkeys(pairs[:settled], 1e-6))
+    advisor.lengths, advisor.best = list(Pairs.lengths), 4
+    found = [
+        claim for s in advisor._categories() for claim in s.figures.get("claims", ()) if claim["category"] == "code"
+    ]
+    assert bool(found) == bool(settled)
 
 
 @pytest.mark.parametrize("name", CASES, ids=str)

@@ -6,7 +6,8 @@ advisor says that it cannot tell, and how many prompts or repeats more would. Im
 
 Two intervals are used. Sentences show the median of prompts with its 95 % interval, as the tables do. Whether a
 sentence is said is decided on stricter ones: means of logarithms with Student's t, at an error that all claims of one
-kind share (`ERRORS`, Bonferroni), so that a paragraph of many sentences is not wrong more often than one sentence.
+kind share (`ERRORS`; Bonferroni, for categories Holm), so that a paragraph of many sentences is not wrong more often
+than one sentence.
 """
 
 from __future__ import annotations
@@ -218,14 +219,9 @@ class _Advisor:
         kinds = [k for k in self.speedups.kinds if len(self.speedups.of(self.best, k)) >= intervals.LEAST]
         if not self.speedups.general or len(self.speedups.kinds) < 2 or not kinds:
             return []
-        found, verdicts, error = [], dict.fromkeys(kinds, ""), ERRORS["categories"] / 2
-        # Holm's method: what is settled at the error of one among those left no longer counts among them
-        left = list(kinds)
-        while sure := {k: verdict for k in left if (verdict := self._sure(self.best, error / len(left), k))}:
-            verdicts |= sure
-            left = [k for k in left if k not in sure]
+        found, verdicts = [], self._settled(kinds)
         for verdict in ("gains", "loses"):
-            told = [k for k in kinds if verdicts[k] == verdict]
+            told = [k for k in kinds if verdicts.get((self.best, k)) == verdict]
             told.sort(key=lambda k: -abs(math.log(self.speedups.shown(self.best, k).value)))
             if told:
                 rows = [f"{k} {gain(self.speedups.shown(self.best, k))}" for k in told]
@@ -233,24 +229,36 @@ class _Advisor:
                 text = f"With {named(self.best)}, {listed(rows)}."
                 claims = [self._claim(self.best, k, verdict) for k in told]
                 found.append(Sentence("categories", text, {"claims": claims}, "categories"))
-        unsure = [k for k in kinds if not verdicts[k]]
+        unsure = [k for k in kinds if (self.best, k) not in verdicts]
         if unsure:
             most = max(len(self.speedups.of(self.best, k)) for k in unsure)
             text = f"For {listed(unsure)} {most} prompts each are too few to tell."
             found.append(Sentence("cannot tell category", text, {"categories": unsure}, "categories"))
-        others = [n for n in self.lengths if n != self.best]
-        error /= len(kinds) * max(len(others), 1)  # every pair may be spoken of
         for k in kinds:
-            losing = [n for n in others if self._sure(n, error, k) == "loses"]
-            if verdicts[k] == "loses" or not losing:
+            losing = [n for n in self.lengths if n != self.best and verdicts.get((n, k)) == "loses"]
+            if verdicts.get((self.best, k)) == "loses" or not losing:
                 continue
             worst = min(losing, key=lambda n: self.speedups.shown(n, k).value)
             claims = [self._claim(worst, k, "loses")]
             text = f"On {k} {named(worst)} loses {gain(self.speedups.shown(worst, k))}"
-            if verdicts[k] == "gains":
+            if verdicts.get((self.best, k)) == "gains":
                 text += f"; {named(self.best)} gains {gain(self.speedups.shown(self.best, k))}"
                 claims.append(self._claim(self.best, k, "gains"))
             found.append(Sentence("categories", f"{text}.", {"claims": claims}, "categories"))
+        return found
+
+    def _settled(self, kinds: Sequence[str]) -> dict[tuple[Length, str], str]:
+        """Draft lengths and categories of which it is sure that they gain, or lose. Each of these pairs may be spoken
+        of: the best draft length is known from these measurements alone, so the others count as well. By Holm's method
+        (Holm 1979): what is settled at the error of one among those left no longer counts among them."""
+        left, found = [(n, k) for n in self.lengths for k in kinds], {}
+        while left:
+            error = ERRORS["categories"] / len(left)
+            sure = {(n, k): verdict for n, k in left if (verdict := self._sure(n, error, k))}
+            if not sure:
+                break
+            found |= sure
+            left = [pair for pair in left if pair not in sure]
         return found
 
     def _claim(self, length: Length, category: str | None, verdict: str) -> dict[str, Any]:
