@@ -95,12 +95,14 @@ new IntersectionObserver(draw).observe(chart);
 new MutationObserver(draw).observe(document.body, { attributes: true, attributeFilter: ["class"] });
 
 const clock = (seconds) => (seconds < 90 ? Math.max(1, Math.round(seconds)) + " s" : Math.round(seconds / 60) + " min");
+let ticking = 0;
 function tick() {
+  clearTimeout(ticking);
   const { phase, done, of } = now;
   const left = until ? (until - performance.now()) / 1000 : null;
   progress.textContent = phase === "running" || phase === "stopping"
     ? (done || 0) + " of " + of + " measurements" + (phase === "running" && left !== null ? ", about " + clock(left) + " left" : "") : "";
-  if (ACTIVE.includes(phase) && root.isConnected) setTimeout(tick, 1000);
+  if (ACTIVE.includes(phase) && root.isConnected) ticking = setTimeout(tick, 1000);
 }
 
 function says() {

@@ -20,7 +20,7 @@ from spec_decode.drafters import Draft, Drafter
 from spec_decode.drafters.lookup import LookupDrafter
 from spec_decode.drafters.model import ModelDrafter
 from spec_decode.drafters.person import PersonDrafter
-from spec_decode.errors import UserError
+from spec_decode.errors import PromptError, UserError
 from spec_decode.events import BASELINE, SPECULATIVE, Trace
 from spec_decode.metrics import LaneCounts
 from spec_decode.prove.table import SilentText
@@ -75,6 +75,13 @@ def test_a_branch_at_the_texts_own_token_is_the_text(temperature: float, drafter
     forced = raced(pair, Request(PROMPT, replace(settings, max_new_tokens=13), prefix=other))
     context = raced(pair, Request(PROMPT + pair.tokenizer.decode(list(other)), replace(settings, max_new_tokens=13)))
     assert forced.identical and forced.token_ids(BASELINE) == context.token_ids(BASELINE)
+
+
+def test_nothing_is_raced_after_a_token_that_ends_the_text() -> None:
+    pair = small_pair()
+    pair.target.eos = frozenset({5})
+    with pytest.raises(PromptError, match="holds token 5, with which the text ends"):
+        Race(pair, Request(PROMPT, prefix=(1, 5)))
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -27,6 +27,8 @@ from spec_decode.sources import Recording
 from spec_decode.ui.form import settings_from_form
 from spec_decode.ui.linked import form_values
 from spec_decode.ui.pays import Reports, _of_race
+from spec_decode.ui.pays import Reports, _of_race, _views
+from spec_decode.ui.pins import form_values
 
 ALL = len(LENGTHS) * REPEATS
 
@@ -349,6 +351,13 @@ def test_lists_that_cannot_be(text: Any, words: str) -> None:
 def test_a_race_that_the_page_makes_up_is_refused(asked: Any) -> None:
     with pytest.raises(UserError):
         _of_race(ready(FakeSource()), asked)
+
+
+def test_a_race_that_is_no_json_ends_in_a_sentence() -> None:
+    engine = ready(FakeSource())
+    for text in ("[" * 100_000, "{"):
+        (view,) = _views(Desk(engine), "v", lambda text=text: _of_race(engine, text))  # type: ignore[misc]
+        assert told(view) == {"phase": "failed", "words": "This is nothing that can be measured."}
 
 
 def test_a_race_of_another_model_is_not_measured_here() -> None:

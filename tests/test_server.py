@@ -347,6 +347,17 @@ def test_a_race_that_is_cancelled_twice_is_closed(served: Served, monkeypatch: p
     assert not served.page.app.iterators
 
 
+def test_stop_ends_a_round_of_a_person_as_well(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also as the page's end calls it: a round reads the whole conversation first."""
+    monkeypatch.setattr(served.source, "chunk_seconds", 0.2)
+    served.source.chunks = 100
+    question = {"id": "1", "request": Request("hello", Settings(max_new_tokens=24)).to_dict(), "draft": "x"}
+    assert served.join("me", "draft_round", [json.dumps(question)]).status_code == 200
+    wait(lambda: served.source.races)
+    assert served.join("me", "stop", []).status_code == 200
+    wait(lambda: not served.calls and served.source.races[0].closed, 5)
+
+
 @pytest.mark.parametrize("name", ["race", "advise", "prove"])
 def test_who_leaves_while_waiting_for_a_measurement_holds_up_no_other(served: Served, name: str) -> None:
     """Such as a visitor who presses Run while draft lengths are measured, and then Stop."""

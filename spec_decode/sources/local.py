@@ -84,7 +84,7 @@ class Race:
     Raises:
         UserError: thinking is asked of a target whose chat template has no switch for it.
         PromptError: the prompt is longer than the context leaves room for beside `max_new_tokens`, or a forced prefix
-            or a person's draft holds a token that the target does not know.
+            or a person's draft holds a token that the target does not know, or a forced prefix one that ends the text.
     """
 
     def __init__(self, pair: Pair, request: Request) -> None:
@@ -92,6 +92,8 @@ class Race:
         self.request = request
         self.settings = request.settings
         prefix = _tokens(pair, "forced prefix", request.prefix or ())
+        if last := [token for token in prefix if token in pair.target.eos]:
+            raise PromptError(f"The forced prefix holds token {last[0]}, with which the text ends: nothing follows it.")
         self.drafted = _tokens(pair, "person's draft", request.draft)
         self.ids = _fit(pair, request, len(prefix)) + prefix
         self.date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

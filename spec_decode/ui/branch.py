@@ -43,10 +43,15 @@ def read(text: object) -> Any:
         return None
 
 
+def drafting(request: gr.Request) -> str:
+    """By which name a visitor's rounds can be stopped."""
+    return f"{request.session_hash}/draft"
+
+
 def answer(engine: Engine) -> Callable[..., str]:
     """The function that answers one round with a person's draft."""
 
     def draft_round(request: gr.Request, asked: str) -> str:
-        return one_round(engine, f"{request.session_hash}/draft", read(asked))
+        return one_round(engine, drafting(request), read(asked))
 
     return draft_round

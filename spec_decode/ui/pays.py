@@ -207,7 +207,7 @@ def _views(desk: Desk, visitor: str, wanted: Any) -> Iterator[View]:
     """The views of a job; what cannot be measured ends in a sentence. What a page sends may be anything."""
     try:
         yield from desk.run(visitor, wanted())
-    except (UserError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (UserError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         said = str(error) if isinstance(error, UserError) else "This is nothing that can be measured."
         yield View(pays.failed(said))
 

@@ -28,7 +28,7 @@ from ..session.branch import branch
 from ..session.device import Engine, Status
 from ..session.feed import Feeds, idle
 from ..session.stream import run
-from .branch import answer, read
+from .branch import answer, drafting, read
 from .controls import Panel, help_updates
 from .form import CONTROLS, drafter_help, problem, settings_from_form
 from .linked import ADDRESS, wanted
@@ -181,10 +181,11 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         }
 
     def stop(request: gr.Request) -> None:
-        engine.stop(str(request.session_hash))
+        for visitor in (str(request.session_hash), drafting(request)):
+            engine.stop(visitor)
 
     def wipe(request: gr.Request) -> dict[Any, Any]:
-        engine.stop(str(request.session_hash))
+        stop(request)
         recording = engine.status().recording
         return {
             page.prompt: recording.request.prompt if recording else "",
