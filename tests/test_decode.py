@@ -15,16 +15,17 @@ from torch import Tensor
 
 from spec_decode import decode
 from spec_decode.draft_length import EarlyStop, Fixed
-from spec_decode.drafters import Draft
+from spec_decode.drafters import Draft, Drafter
 from spec_decode.drafters.model import ModelDrafter
+from spec_decode.drafters.person import PersonDrafter
 from spec_decode.errors import UserError
 from spec_decode.events import Round
 from spec_decode.noise import DRAFT, exponential
-from spec_decode.prove.table import TableCache
+from spec_decode.prove.table import SilentText, TableCache
 from spec_decode.sampling import TOP, distribution, exponential_argmax, likeliest
 from spec_decode.settings import Settings
 from spec_decode.state import State
-from spec_decode.target import Pass
+from spec_decode.target import Pass, Target
 from spec_decode.text import TextStream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -306,3 +307,40 @@ def test_the_controller_is_told_every_round_but_the_prefill() -> None:
     assert len(rounds) > 3
     said = [(r, None if r.draft_length == 0 else r.draft_length == 1) for r in rounds[1:]]
     assert lengths.seen == [x for r, stopped in said for x in ("choose", r, stopped)]
+
+
+class Taking:
+    """A controller that goes through a list of draft lengths again and again."""
+
+    early_stop = None
+
+    def __init__(self, *lengths: int) -> None:
+        self.lengths, self.rounds = lengths, 0
+
+    def choose(self) -> int:
+        self.rounds += 1
+        return self.lengths[self.rounds % len(self.lengths)]
+
+    def observe(self, round: Round, stopped_early: bool | None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("lengths", [(3, 0), (3, 0, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("person", [0, 20])
+def test_a_draft_model_on_a_device_reads_what_it_did_not_draft(lengths: tuple[int, ...], person: int) -> None:
+    """The target itself as drafter is always right, also after rounds without a draft, and after a person's."""
+
+    class OnDevice(ModelDrafter):
+        def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> None:
+            return None
+
+    target, same = (Target(tiny.model("llama")) for _ in range(2))
+    drafter: Drafter = OnDevice(same, "same", tiny.VOCABULARY)
+    if person:
+        drafter = PersonDrafter(list(range(person)), drafter)
+    settings, prompt = Settings(max_new_tokens=40), list(range(3, 30))
+    text: Any = SilentText()
+    rounds = [
+        r for r in decode.speculative(target, drafter, Taking(*lengths), prompt, text, settings) if r.drafter == "same"
+    ]
+    assert rounds and all(r.accepted == r.drafted > 0 for r in rounds)

@@ -251,7 +251,8 @@ class _Advisor:
         """Draft lengths and categories of which it is sure that they gain, or lose. Each of these pairs may be spoken
         of: the best draft length is known from these measurements alone, so the others count as well. By Holm's method
         (Holm 1979): what is settled at the error of one among those left no longer counts among them."""
-        left, found = [(n, k) for n in self.lengths for k in kinds], {}
+        left = [(n, k) for n in self.lengths for k in kinds]
+        found: dict[tuple[Length, str], str] = {}
         while left:
             error = ERRORS["categories"] / len(left)
             sure = {(n, k): verdict for n, k in left if (verdict := self._sure(n, error, k))}

@@ -3,7 +3,7 @@
 It keeps a cache of its own in step with the sequence: what was emitted and already read stays, what was refused is
 rolled back, and only tokens it has not read are fed, so none is computed twice. On an accelerator it is fed two tokens
 at the start of every draft, of which it may have read the first: which it has depends on how many were accepted, and
-the operations of a round may not.
+the operations of a round may not. After rounds that it did not draft it is fed their tokens as well.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class ModelDrafter(Drafter):
 
     def start(self, prompt: list[int], settings: Settings, capacity: int) -> Iterator[Reading]:
         self.settings = settings
-        self.length = len(prompt)
+        self.length = self.known = len(prompt)  # of the text, and what the cache holds of it, as the host knows
+        self.ahead = False  # the latest draft was asked for before `extend` told of the round before it
         self.cache = self.model.new_cache(capacity)
         self.reading = self._read(torch.tensor(prompt, device=self.model.device))
         return self.reading
@@ -55,6 +56,9 @@ class ModelDrafter(Drafter):
         # up to the target's own token, which the drafter has not read.
         self.length += len(tokens)
         self.cache.rollback(min(self.cache.length, self.length - 1))
+        if not self.ahead:
+            self.known = min(self.known, self.length - 1)
+        self.ahead = False
 
     def draft_on_host(self, state: State, length: int, stop: EarlyStop | None) -> Draft | None:
         if self.model.device.type != "cpu":
@@ -65,8 +69,11 @@ class ModelDrafter(Drafter):
     def draft(self, state: State, length: int) -> Draft:
         for _ in self.reading:
             pass  # where nobody has read the prompt
-        # Of a draft that was accepted whole, the last token was never fed.
-        return self.draft_after(state, 2, length)
+        # Of a draft that was accepted whole, the last token was never fed. Of rounds that another drafter drafted, or
+        # none, no token was.
+        unread = max(2, self.length - self.known)
+        self.ahead, self.known = state.length > self.length, state.length + length - 1
+        return self.draft_after(state, unread, length)
 
     def draft_after(self, state: State, unread: int, length: int) -> Draft:
         """A draft of every row, of which the cache holds at least all but the last `unread` tokens."""
