@@ -141,7 +141,7 @@ def test_a_measurement_for_advice_ends_at_the_time_limit(monkeypatch: pytest.Mon
     answer = steps[-1].to_dict()
     assert answer["races"] == 4 and answer["planned"] == 15 and len(measured) == 6
     assert answer["notice"] == "Stopped by the time limit: 4 of 15 races were measured."
-    assert source.races[-1].closed and set(source.races[-1].finish.values()) == {"cancelled"}
+    assert source.races[-1].closed and set(source.races[-1].finish.values()) == {"time"}
 
 
 def test_a_measurement_that_nobody_waits_for_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_a_measurement_that_nobody_waits_for_ends(monkeypatch: pytest.MonkeyPatc
     steps.close()
     engine.submit(lambda: None).result(60)
     assert step.of == 15 and len(source.races) == begun + 1
-    assert source.races[-1].closed and "cancelled" in source.races[-1].finish.values()
+    assert source.races[-1].closed and "time" in source.races[-1].finish.values()
 
 
 def test_advice_needs_a_model() -> None:

@@ -26,9 +26,7 @@ from spec_decode.settings import Settings
 from spec_decode.sources import Recording
 from spec_decode.ui.form import settings_from_form
 from spec_decode.ui.linked import form_values
-from spec_decode.ui.pays import Reports, _of_race
 from spec_decode.ui.pays import Reports, _of_race, _views
-from spec_decode.ui.pins import form_values
 
 ALL = len(LENGTHS) * REPEATS
 
