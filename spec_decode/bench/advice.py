@@ -232,7 +232,10 @@ class _Advisor:
         unsure = [k for k in kinds if (self.best, k) not in verdicts]
         if unsure:
             most = max(len(self.speedups.of(self.best, k)) for k in unsure)
-            text = f"For {listed(unsure)} {most} prompts each are too few to tell."
+            text = (
+                f"For {listed(unsure)} {most} prompts each are too few for claims about all categories at once; the "
+                "interval of each stands in the table."
+            )
             found.append(Sentence("cannot tell category", text, {"categories": unsure}, "categories"))
         for k in kinds:
             losing = [n for n in self.lengths if n != self.best and verdicts.get((n, k)) == "loses"]
