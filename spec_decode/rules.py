@@ -89,7 +89,7 @@ TABLE = (
     ),
     Rule(
         "block",
-        "Exact in distribution, and accepts at least as many tokens as rejection, since a draft is judged as a whole.",
+        "Exact in distribution; accepts on average no fewer tokens than rejection, as a draft is judged as a whole.",
         "round",
         compares=_UNIFORM,
         source="Sun et al. 2024, arXiv:2403.10444",

@@ -1,4 +1,4 @@
-"""Block verification: the draft is judged as a whole, and at least as many tokens are accepted as by rejection."""
+"""Block verification: the draft is judged as a whole, which accepts on average no fewer tokens than rejection."""
 
 from __future__ import annotations
 
