@@ -62,6 +62,29 @@ def lab(visitor: Visitor) -> None:
     visitor.page.wait_for_selector("#sd-lab-run", state="visible")
 
 
+def tour(visitor: Visitor) -> None:
+    done(visitor)
+    visitor.page.click(".sd-tour-open")
+    visitor.page.wait_for_selector(".sd-tour .sd-tour-next")
+
+
+def share(visitor: Visitor) -> None:
+    done(visitor)
+    visitor.page.click(".sd-share button:text-is('Share')")
+    visitor.page.wait_for_selector(".sd-share button:has-text('Copy link')", state="visible")
+
+
+def pinned(visitor: Visitor) -> None:
+    done(visitor)
+    visitor.page.click(".sd-pin")
+    visitor.page.wait_for_selector(".sd-pins-table tbody tr")
+
+
+def pays(visitor: Visitor) -> None:
+    visitor.page.click("button[role=tab]:has-text('Does it pay?')")
+    visitor.page.wait_for_selector("#sd-pays-run", state="visible")
+
+
 # Whatever else the page can show, one line each.
 STATES: dict[str, Callable[[Visitor], None]] = {
     "idle": idle,
@@ -71,6 +94,10 @@ STATES: dict[str, Callable[[Visitor], None]] = {
     "error": error,
     "queue": queue,
     "lab": lab,
+    "tour": tour,
+    "share": share,
+    "pinned": pinned,
+    "does it pay": pays,
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "light, wide": {"width": 1440},
