@@ -68,6 +68,7 @@ function receive(value) {
   let got;
   try { got = JSON.parse(value || "{}"); } catch (error) { return; }
   if (!got.phase) return;
+  if (got.phase === "running" && now.phase === "stopped") return; // what was on its way; another test begins as "waiting"
   if (got.phase === "stopped" && !["running", "waiting"].includes(now.phase)) return; // it had ended by itself
   now = got.cells ? got : { ...now, phase: got.phase, words: got.words };
   root.dataset.phase = now.phase;

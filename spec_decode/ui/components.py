@@ -28,7 +28,7 @@ def asset(name: str) -> str:
 def script(*names: str) -> str:
     """The scripts of assets/, one after the other, without indentation and lines of comment, an eighth of what a page
     transfers of them. No text in them spans lines (tests/test_ui_app.py)."""
-    return re.sub(r"(?m)^[ \t]+|^\s*//.*\n", "", "\n".join(map(asset, names)))
+    return re.sub(r"(?m)^[ \t]+(?://.*\n)?|^//.*\n", "", "\n".join(map(asset, names)))
 
 
 # of the token view, in this order; all but the last four know nothing of Gradio
