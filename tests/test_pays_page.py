@@ -164,6 +164,7 @@ def test_a_pin_keeps_no_system_prompt_and_a_file_brings_no_formula(
     page.close()
 
 
+@pytest.mark.long
 def test_a_list_of_prompts_is_measured_in_the_tab(
     browser: Any,  # noqa: F811
     served: tuple[str, FakeSource],

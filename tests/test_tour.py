@@ -221,6 +221,7 @@ def test_four_captions_on_a_recording_then_next_steps(browser: Any, fake_app: An
     page.close()
 
 
+@pytest.mark.long
 def test_a_phone_has_a_sheet_and_a_race_without_the_round_of_a_caption_says_so(browser: Any, bare: str) -> None:
     visitor = Visitor(
         browser, bare, width=390, height=844, theme="dark", has_touch=True, is_mobile=True, reduced_motion="reduce"
