@@ -280,7 +280,7 @@ def child(cache: Path, cores: int | None = None, **environment: str) -> subproce
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_process_computes_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that compiles the kernels and the next, which loads them; one whose code is for any x86-64 (or what Numba
     calls generic elsewhere), without AVX and fused multiply-adds; one on a single core; and this one."""
