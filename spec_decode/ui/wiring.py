@@ -213,17 +213,20 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     resting = [page.leave, page.stop, page.go, page.status, page.note, page.truncate, page.download]
     # One output, taken as it is: Gradio builds a component anew for every update of a property, several times a
     # second, and even for outputs that are skipped. All that can wait for the end of the race waits for `rest`.
+    racing: dict[str, Any] = {
+        "preprocess": False,
+        "postprocess": False,
+        "concurrency_id": DEVICE,
+        "concurrency_limit": 1,
+        "show_progress": "minimal",
+        "show_progress_on": page.status,
+        "api_visibility": "private",
+    }
     running = page.ticket.change(
         stream,
         [page.ticket, page.prompt, panel.system, panel.keep_system, panel.drafter, panel.thinking, *form],
         page.view,
-        preprocess=False,
-        postprocess=False,
-        concurrency_id=DEVICE,
-        concurrency_limit=1,
-        show_progress="minimal",
-        show_progress_on=page.status,
-        api_visibility="private",
+        **racing,
     )
     running.then(rest, panel.drafter, resting, preprocess=False, **AT_ONCE)
     # What the page asks stands in the value of a component, which is sent again with every event.
@@ -232,13 +235,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         stream_branch,
         [page.asked, panel.keep_system],
         page.view,
-        preprocess=False,
-        postprocess=False,
-        concurrency_id=DEVICE,
-        concurrency_limit=1,
-        show_progress="minimal",
-        show_progress_on=page.status,
-        api_visibility="private",
+        **racing,
     )
     branching.then(rest, panel.drafter, resting, preprocess=False, **AT_ONCE)
     page.asked.input(
