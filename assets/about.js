@@ -34,7 +34,7 @@ SpecDecode.about = (trace, tables) => {
   if (system) said.push("system prompt: " + cut(system, 120));
   return {
     ran: { prompt: cut(trace.request.prompt.trim(), tables.shown), settings: said }, rule: settings.rule, deciding, temperature, lenience,
-    recorded: "", given: prefix !== null || draft.length > 0,
+    recorded: "", given: Boolean(prefix && prefix.length) || draft.length > 0,
     undrawn: tables.undrawn, exact, same_text: same, synthetic, why, rejected: promises.rejected, limit: settings.max_new_tokens,
   };
 };

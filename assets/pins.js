@@ -4,6 +4,7 @@
 // form is to take. The system prompt is kept nowhere. Nothing is sent to the server but that request, on a press.
 const root = element.querySelector(".sd-pins");
 const find = (selector) => root.querySelector(selector);
+const FIGURES = ["end_to_end", "baseline", "speculative", "acceptance", "per_pass", "draft_ms", "verify_ms"]; // of a row, numbers or null
 const KEY = "spec-decode-pins", ROWS = 50, TRACES = 8, PROMPT = 4000, BYTES = 4e6;
 const make = (tag, name, ...children) => {
   const node = Object.assign(document.createElement(tag), { className: name || "" });
@@ -23,10 +24,15 @@ let rows = load(), ticked = [];
 
 // --- what is kept -----------------------------------------------------------------------------------------------------
 
+// Whether a row is as `pin` makes it: what else is found in the storage is left out.
+function whole(row) {
+  const { id, request, figures, pair, machine } = row, { speedup, low, high } = figures, number = (x) => x === null || typeof x === "number";
+  return [id, request.prompt, machine, pair.target, pair.drafter].every((x) => typeof x === "string") && typeof request.settings.rule === "string"
+    && [speedup, low, high, ...FIGURES.map((name) => figures[name])].every(number) && (low === null) === (high === null);
+}
 function load() {
   try {
-    const kept = JSON.parse(localStorage.getItem(KEY) || "[]");
-    return kept.filter((row) => row && typeof row.id === "string" && row.request && typeof row.request.prompt === "string" && row.request.settings && row.figures && row.pair).slice(0, ROWS);
+    return JSON.parse(localStorage.getItem(KEY) || "[]").filter((row) => { try { return whole(row); } catch (error) { return false; } }).slice(0, ROWS);
   } catch (error) {
     return [];
   }

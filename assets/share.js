@@ -81,6 +81,8 @@ const save = attempt(async () => {
   const system = view.race.trace.request.system ? " It holds the system prompt, as chosen." : "";
   tell("Saved: one file of " + Math.round(new Blob([text]).size / 1000) + " kB that opens without a network." + system);
 });
+const trace = button("", "", attempt(() => SpecDecode.hand("spec-decode-trace.json", new Blob([JSON.stringify(view.race.trace)], { type: "application/json" }))), "Download trace (JSON)");
+trace.id = "sd-download";
 const svg = () => SpecDecode.image(view.race.final.stats, view.race.trace, tables);
 const picture = attempt(() => SpecDecode.hand(stem() + ".svg", new Blob([svg()], { type: "image/svg+xml" })));
 const pixels = attempt(async () => SpecDecode.hand(stem() + ".png", await SpecDecode.png(svg())));
@@ -119,10 +121,13 @@ toggle.setAttribute("aria-controls", panel.id);
 const compared = make("section", "sd-compare");
 compared.hidden = true;
 compared.setAttribute("aria-label", "Comparison");
-home.replaceChildren(make("div", "sd-share-row", toggle, button("", "", () => pick.click(), "Open replay"), pick), panel, says, shown, compared);
+home.replaceChildren(make("div", "sd-share-row", trace, toggle, button("", "", () => pick.click(), "Open replay"), pick), panel, says, shown, compared);
 // Attributes are written where they change alone: the page looks after the focus whenever one is written.
 const put = (node, name, value) => { if (node[name] !== value) node[name] = value; };
-const refresh = () => { for (const each of made) put(each, "disabled", !view.race.whole || !view.race.final); };
+const refresh = () => {
+  put(trace, "disabled", !view.race.whole);
+  for (const each of made) put(each, "disabled", !view.race.whole || !view.race.final);
+};
 refresh();
 
 // The same race again, here.
@@ -176,12 +181,14 @@ document.addEventListener("sd-filled", (event) => {
   if (!/&run=1(&|$)/.test(location.hash)) return;
   const note = document.querySelector(".sd-ask");
   const close = () => note.replaceChildren();
-  const yes = button("sd-ask-yes", "", () => { close(); press("sd-run"); }, "Run it");
+  const yes = button("sd-ask-yes", "", () => { close(); press("sd-run"); }, "Run it"), asks = make("p", "");
   const wait = () => {
     yes.disabled = document.querySelector("#sd-run:not([disabled])") === null;
     if (yes.isConnected || !note.childNodes.length) setTimeout(wait, 300);
   };
-  note.replaceChildren(make("p", "", "The link asks to run this race on this server."), make("div", "sd-share-row", yes, button("", "", close, "Not now")));
+  asks.setAttribute("role", "status");
+  note.replaceChildren(asks, make("div", "sd-share-row", yes, button("", "", close, "Not now")));
+  asks.textContent = "The link asks to run this race on this server."; // after it is there, so that it is read out
   wait();
 });
 const opened = () => {

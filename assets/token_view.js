@@ -1,16 +1,16 @@
 // The race on a page of Gradio: batches become rounds of the view.
 // In: props.value, a JSON batch {run, phase, from, rounds, stats, about} (see spec_decode/session/feed.py). Rounds already
-// seen are skipped; a gap is filled by asking the server. props.recordings play until a race begins. On the page of this
-// app `page.js` adds what that page needs, on any other `guest.js` brings the style sheet, props.sheet.
+// seen are skipped; a gap is filled by asking the server. given.recordings play until a race begins. On the page of this
+// app `page.js` adds what that page needs, on any other `guest.js` brings the style sheet, given.sheet.
 const root = element.querySelector(".sd-race");
-const view = SpecDecode.view(root, props.terms);
+const view = SpecDecode.view(root, given.terms);
 SpecDecode.card(view);
 SpecDecode.inspector(view);
 SpecDecode.timeline(view);
 if (SpecDecode.branch) SpecDecode.branch(view);
-const player = SpecDecode.player(view, props.recordings || []);
+const player = SpecDecode.player(view, given.recordings || []);
 Object.assign(view, { player, SpecDecode }); // for the other scripts of the page
-if (SpecDecode.tour) SpecDecode.tour(view, player, props.steps || []);
+if (SpecDecode.tour) SpecDecode.tour(view, player, given.steps || []);
 let run = "", dismissed = "", have = 0, queue = [], scheduled = false, asking = false, again = false;
 
 function reset(batch) {
@@ -89,7 +89,7 @@ function clear() {
 }
 
 if (SpecDecode.page) SpecDecode.page(view, player, clear);
-else SpecDecode.guest(view, props.sheet);
+else SpecDecode.guest(view, given.sheet);
 watch("value", () => receive(props.value));
 player.begin();
 receive(props.value);

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -415,4 +416,43 @@ def test_branches_and_drafts_on_the_page(browser: Any, small: tuple[str, Any]) -
     visitor.phase("done")
     assert page.is_hidden(".sd-b-list") and page.is_hidden(".sd-person"), "another race has no branches yet"
     assert visitor.errors == [] and visitor.outside == []
+    page.close()
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_round_that_is_taken_back_is_stopped(
+    browser: Any, small: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, stopped, raced_ = threading.Event(), threading.Event(), branch._raced
+    whose: list[str] = []
+
+    def held(engine: Engine, visitor: str, request: Request) -> Any:
+        whose.append(visitor)
+        begun.set()
+        assert stopped.wait(60)
+        return raced_(engine, visitor, request)
+
+    def stop(self: Engine, visitor: str) -> bool:
+        if visitor in whose:  # pages of other tests stop theirs when they are closed
+            stopped.set()
+        return False
+
+    monkeypatch.setattr(branch, "_raced", held)
+    monkeypatch.setattr(Engine, "stop", stop)
+    visitor = Visitor(browser, small[0], reduced_motion="reduce").ready()
+    page = visitor.page
+    visitor.run(PROMPT, max_new_tokens=12)
+    visitor.phase("done")
+    page.click(".sd-b-draft:not([disabled])")
+    page.fill(".sd-person textarea", "abc")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".sd-p-go >> text=Cancel")
+    assert begun.wait(60) and not stopped.is_set()
+    page.click(".sd-p-go")
+    assert stopped.wait(60), "the server learns of it"
+    assert "The text is as it was" in visitor.text(".sd-p-round")
+    page.wait_for_timeout(500)
+    assert "The text is as it was" in visitor.text(".sd-p-round"), "an answer that comes late is not shown"
+    assert visitor.errors == []
     page.close()

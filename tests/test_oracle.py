@@ -80,6 +80,15 @@ def test_no_controller_is_faster_than_the_oracle(right: float) -> None:
     assert play(text, either, Fixed(0), COSTS, 200) == pytest.approx(1.0)
 
 
+def test_the_oracle_takes_a_longer_draft_where_its_pass_is_cheaper() -> None:
+    cliff = Costs(0.01, (1.0, 1.6, 1.7, 1.2, *(1.25 + 0.2 * g for g in range(13))), 0.01, 0.0)
+    text = recorded(5, 200, 0.5)
+    most = bound(text, Drafts(text), cliff)
+    assert most > 1.0
+    for length in range(1, 6):
+        assert play(text, Drafts(text), Fixed(length), cliff, 200) <= most + 1e-9
+
+
 def test_a_simulated_lane_has_the_rounds_of_a_real_one(embedded_dir: object) -> None:
     """With a fixed draft length, a race takes as many rounds and its cost is theirs; the report holds together."""
     from spec_decode.loading.pair import load_pair

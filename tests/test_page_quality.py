@@ -12,6 +12,7 @@ from typing import Any
 
 import page_budget
 import pytest
+from test_branch import small  # noqa: F401
 from test_browser import CHROMIUM, Visitor, browser, fake_app, served, serving  # noqa: F401
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")]
@@ -85,6 +86,29 @@ def pays(visitor: Visitor) -> None:
     visitor.page.wait_for_selector("#sd-pays-run", state="visible")
 
 
+def over(visitor: Visitor) -> None:
+    visitor.run("def fair(shares):", max_new_tokens=24)
+    visitor.phase("done")
+    visitor.page.wait_for_selector(".sd-b-draft:not([disabled])")
+
+
+def person(visitor: Visitor) -> None:
+    over(visitor)
+    visitor.page.click(".sd-b-draft")
+    visitor.page.fill(".sd-person textarea", "abcd")
+    visitor.page.keyboard.press("Enter")
+    visitor.page.wait_for_selector(".sd-p-round b")
+
+
+def branch(visitor: Visitor) -> None:
+    over(visitor)
+    visitor.page.locator(".sd-baseline .sd-text .t").nth(5).click()
+    visitor.page.locator(".sd-i-picks button").first.click()
+    visitor.page.wait_for_selector(".sd-b-list button[aria-pressed=true] >> nth=0", state="visible")
+    visitor.phase("done")
+    visitor.page.wait_for_selector(".sd-b-list button:not([disabled])")
+
+
 # Whatever else the page can show, one line each.
 STATES: dict[str, Callable[[Visitor], None]] = {
     "idle": idle,
@@ -99,6 +123,8 @@ STATES: dict[str, Callable[[Visitor], None]] = {
     "pinned": pinned,
     "does it pay": pays,
 }
+# Those that need a model: a tiny pair of random weights.
+ASKING: dict[str, Callable[[Visitor], None]] = {"person drafts": person, "branch": branch}
 SETTINGS: dict[str, dict[str, Any]] = {
     "light, wide": {"width": 1440},
     "dark, wide": {"width": 1440, "theme": "dark"},
@@ -125,9 +151,9 @@ EDGES = """() => [...document.querySelectorAll("#sd-run, #sd-clear, .sd-pick, .s
 
 @pytest.mark.long
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_every_state_in_every_setting(browser: Any, fake_app: Any, setting: str) -> None:
-    for name, reach in STATES.items():
-        url, _ = fake_app(pace=0.4, context=4000)
+def test_every_state_in_every_setting(browser: Any, fake_app: Any, small: tuple[str, Any], setting: str) -> None:
+    for name, reach in (STATES | ASKING).items():
+        url = small[0] if name in ASKING else fake_app(pace=0.4, context=4000)[0]
         options = dict(SETTINGS[setting])
         visitor = Visitor(browser, url, **options).ready()
         page, where = visitor.page, f"{name}, {setting}"
@@ -144,9 +170,10 @@ def test_every_state_in_every_setting(browser: Any, fake_app: Any, setting: str)
 
 
 @pytest.mark.long
-def test_paper_shows_no_controls_in_any_state(browser: Any, fake_app: Any) -> None:
-    for name, reach in STATES.items():
-        visitor = Visitor(browser, fake_app(pace=0.4, context=4000)[0]).ready()
+def test_paper_shows_no_controls_in_any_state(browser: Any, fake_app: Any, small: tuple[str, Any]) -> None:
+    for name, reach in (STATES | ASKING).items():
+        url = small[0] if name in ASKING else fake_app(pace=0.4, context=4000)[0]
+        visitor = Visitor(browser, url).ready()
         reach(visitor)
         visitor.page.emulate_media(media="print")
         assert visitor.page.evaluate(CONTROLS) == [], name

@@ -98,6 +98,17 @@ def test_draft_lengths_are_measured_under_a_race_and_results_are_pinned(
         page.click(".sd-pins-tools >> text=Markdown")
     lines = Path(download.value.path()).read_text(encoding="utf-8").splitlines()
     assert len(lines) == 4 and all(line.replace("\\|", "").count("|") == 10 for line in lines)
+    # rows that the storage holds and no pin has made
+    broken = [None, 7, {}, {"id": "a"}, {"id": "b", "request": {"prompt": "p", "settings": {"rule": "greedy"}}}]
+    page.evaluate(
+        """(broken) => {
+      const key = "spec-decode-pins", rows = JSON.parse(localStorage.getItem(key)), [first] = rows;
+      const low = { ...first, figures: { ...first.figures, low: "1" } };
+      const wrong = [low, { ...first, pair: null }, { ...first, machine: 3 }];
+      localStorage.setItem(key, JSON.stringify([...broken, ...wrong, ...rows]));
+    }""",
+        broken,
+    )
     assert "\\<img" in lines[3] and not re.search(r"(?<!\\)<", lines[3]), "no markup"
 
     page.reload()

@@ -216,7 +216,10 @@ def test_the_browser_says_of_a_trace_what_the_server_says(browser: Any, fake_app
         )
     ]
     asked = SCENES["code"].request
-    made += [replace(SCENES["code"], request={**asked, **given}) for given in ({"prefix": ["Yes"]}, {"draft": [5, 6]})]
+    made += [
+        replace(SCENES["code"], request={**asked, **given})
+        for given in ({"prefix": ["Yes"]}, {"prefix": []}, {"draft": [5, 6]})
+    ]
     for trace in [*SCENES.values(), *made]:
         said, source = page.evaluate(SAID, trace.to_json()), ReplaySource(trace)
         tally, curves = Tally(), Curves()

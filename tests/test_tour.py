@@ -12,8 +12,10 @@ from test_browser import CHROMIUM, Visitor, browser, fake_app, served, serving  
 from test_inspector import SCENES, bare, state  # noqa: F401
 
 from spec_decode.events import SPECULATIVE, Round, Token, Trace
+from spec_decode.request import Request
 from spec_decode.settings import Settings
 from spec_decode.ui.components import asset
+from spec_decode.ui.linked import form_values
 from spec_decode.ui.tour import STEPS, prompts
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")]
@@ -168,7 +170,7 @@ def test_four_captions_on_a_recording_then_next_steps(browser: Any, fake_app: An
         page.wait_for_function(
             "text => document.querySelector('#sd-prompt textarea').value === text", arg=prompts()[step.example]
         )
-        wanted = Settings().to_dict() | {"policy": "adaptive"} | step.values
+        wanted = form_values(Request("a", Settings(**step.settings)))
         page.wait_for_function(
             "t => Number(document.querySelector('#sd-temperature input').value) === t", arg=wanted["temperature"]
         )

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Generator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,21 +15,23 @@ from ui_fakes import FakeRace, FakeSource, fake_load
 
 import app
 from spec_decode.errors import ModelError, OutOfMemory, PromptError, SettingsError
-from spec_decode.events import Note, Round, Trace
+from spec_decode.events import Note, Round
 from spec_decode.loading.embedded import NAME as EMBEDDED_NAME
 from spec_decode.paths import ASSETS
 from spec_decode.request import Request
 from spec_decode.session.caption import caption
-from spec_decode.session.feed import Feed
+from spec_decode.session.feed import Feed, Feeds
+from spec_decode.session.recordings import shipped
 from spec_decode.session.stream import View
 from spec_decode.session.stream import run as stream
 from spec_decode.settings import Settings
-from spec_decode.ui import Engine, Limits, components, theme
+from spec_decode.ui import Engine, Limits, TokenView, components, theme
+from spec_decode.ui.components import token_view
 from spec_decode.ui.controls import POLICIES, RULES, help_updates
 from spec_decode.ui.form import CONTROLS, RULE_HELP, drafter_help, problem, settings_from_form
 from spec_decode.ui.layout import examples
 from spec_decode.ui.terms import TERMS
-from spec_decode.ui.wiring import TraceFiles, note_html, status_html
+from spec_decode.ui.wiring import note_html, status_html
 
 FORM = {"policy": "adaptive", "draft_length": 4, "temperature": 0, "top_p": 1, "top_k": 0}
 FORM |= {"max_new_tokens": 32, "seed": 0, "rule": "auto", "lenience": 0.3}
@@ -288,17 +289,11 @@ def test_a_batch_says_what_was_run() -> None:
     for part in ("fake-target + fake-drafter on cpu, int8", "rule coupled", "temperature 0.7", "top-k 9", "Be brief."):
         assert part in said
     assert "top-p" not in said and "(900 characters)" in about["prompt"] and len(about["prompt"]) < 900
+    local = caption(Request("hello"), {"target": "/home/me/secret/model", "drafter": "./d/assistant", "device": "cpu"})
+    assert local["settings"][0] == "model + assistant on cpu", "visitors read no paths of this machine"
     greedy = " ".join(caption(Request("hello", Settings(seed=5)), {"target": "t"})["settings"])
     assert "seed" not in greedy, "what had no effect is not listed"
     assert "lossy" in " ".join(caption(Request("hello", Settings(rule="threshold")), {"target": "t"})["settings"])
-
-
-def test_only_the_last_traces_are_kept() -> None:
-    files = TraceFiles(keep=2)
-    race = FakeSource().race(asked())
-    paths = [Path(files.write(race.trace)) for _ in range(4)]
-    assert [p.exists() for p in paths] == [False, False, True, True]
-    assert Trace.from_json(paths[-1].read_text()) == race.trace and paths[-1].name == "spec-decode-trace.json"
 
 
 def test_examples_are_whole_and_fit_a_small_model() -> None:
@@ -332,3 +327,9 @@ def test_scripts_may_lose_their_indentation_and_comments() -> None:
     short = components.script("trace.js", "view.js")
     assert "SpecDecode.Race = class" in short and "\n//" not in short and "\n " not in short
     assert ".sd-race" in theme.sheet("app.css") and "/*" not in theme.sheet("app.css")
+
+
+def test_the_token_view_has_no_value_that_is_copied_with_every_batch() -> None:
+    """Gradio writes all of a component's `props` as JSON, and copies them, whenever one of them changes."""
+    for made in (token_view(Feeds(), shipped()), TokenView()):
+        assert made.props == {} and "given" in str(made.js_on_load)

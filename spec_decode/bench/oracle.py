@@ -192,8 +192,10 @@ def bound(recorded: Recorded, drafter: Drafter, costs: Costs) -> float:
         ways = [_cost(costs, 0)[1] + least[at + 1]]
         for ids, free in options[at]:
             right = recorded.accepted(at, ids)
-            # a draft that goes on behind its first mistake costs more and brings nothing
-            ways += [_cost(costs, n, free)[1] + least[min(at + n + 1, len(text))] for n in range(1, right + 1)]
+            # a draft that goes on behind its first mistake brings no more tokens, but a wider pass may be a cheaper one
+            ways += [
+                _cost(costs, n, free)[1] + least[min(at + min(n, right) + 1, len(text))] for n in range(1, len(ids) + 1)
+            ]
         least[at] = min(ways)
     return (len(text) - 1) / least[1]
 

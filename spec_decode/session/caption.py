@@ -13,6 +13,7 @@ from ..events import Promises, Trace
 from ..request import Request
 from ..settings import Settings
 from ..sources import Recording
+from ..trace_format import portable
 
 SHOWN = 300  # characters of the prompt; it goes along with every batch, and the trace has the whole
 LOSSY = (
@@ -86,7 +87,7 @@ def _why(settings: Settings, promises: Promises) -> str:
 def caption(request: Request, pair: dict[str, Any], recording: Recording | None = None) -> dict[str, Any]:
     """{"prompt": text, cut after `SHOWN` characters, "settings": [one string each]}; a setting that had no effect, such
     as the seed of a greedy race, is left out."""
-    said = [f"{_names(pair)} on {_place(pair)}", *_settings(request.settings)]
+    said = [on_place(pair), *_settings(request.settings)]
     said += ["thinking first"] if request.thinking else []
     said += ["from a given text"] if request.prefix else []
     said += ["a person drafts"] if request.draft else []
@@ -96,12 +97,15 @@ def caption(request: Request, pair: dict[str, Any], recording: Recording | None 
     return {"prompt": _cut(request.prompt.strip(), SHOWN), "settings": said}
 
 
-def _names(pair: dict[str, Any]) -> str:
-    return " + ".join(str(pair[key]) for key in ("target", "drafter") if pair.get(key))
-
-
-def _place(pair: dict[str, Any]) -> str:
-    return ", ".join(str(pair[key]) for key in ("device", "dtype") if pair.get(key))
+def on_place(pair: dict[str, Any]) -> str:
+    """The names of a pair and what it runs on, in one line; of local paths the last component is left, since whoever
+    visits the page reads it."""
+    told = portable(pair)
+    names, place = (
+        by.join(str(told[key]) for key in keys if told.get(key))
+        for by, keys in ((" + ", ("target", "drafter")), (", ", ("device", "dtype")))
+    )
+    return f"{names} on {place}"
 
 
 def _settings(settings: Settings) -> list[str]:

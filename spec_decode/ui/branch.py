@@ -19,6 +19,7 @@ from ..session.device import Engine
 _WIRE = """
 const ask = ({ detail }) => {
   if (!element.isConnected) return document.removeEventListener("sd-ask", ask);
+  if (detail.leave) return trigger("clear");
   props.value = JSON.stringify(detail);
   setTimeout(() => trigger(detail.round ? "input" : "submit"), 0);
 };

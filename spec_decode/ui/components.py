@@ -7,6 +7,7 @@ component's own style sheet anew on every update, which would restyle thousands 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -29,6 +30,13 @@ def script(*names: str) -> str:
     """The scripts of assets/, one after the other, without indentation and lines of comment, an eighth of what a page
     transfers of them. No text in them spans lines (tests/test_ui_app.py)."""
     return re.sub(r"(?m)^[ \t]+(?://.*\n)?|^//.*\n", "", "\n".join(map(asset, names)))
+
+
+def given(**data: Any) -> str:
+    """A line of script that makes `data` known as `given`, for scripts that need values that never change. They are no
+    `props` of `gr.HTML`, for Gradio writes all of those as JSON and copies them whenever one of them changes, which for
+    the value of the token view is a dozen times a second."""
+    return f"const given = {json.dumps(data, ensure_ascii=False, separators=(',', ':'))};\n"
 
 
 # of the token view, in this order; all but the last four know nothing of Gradio
@@ -63,12 +71,10 @@ def token_view(
     return gr.HTML(
         idle(),
         html_template=asset("token_view.html"),
-        js_on_load=script(*SCRIPTS),
+        js_on_load=given(terms=TERMS, steps=list(steps), recordings=[*recordings[:1], *map(_on_demand, recordings[1:])])
+        + script(*SCRIPTS),
         apply_default_css=False,
         server_functions=[missing],
-        terms=TERMS,
-        steps=list(steps),
-        recordings=[*recordings[:1], *map(_on_demand, recordings[1:])],
         elem_id="sd-token-view",
     )
 

@@ -60,7 +60,7 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
         _html(asset("header.html"), "sd-header")
         lab, measure, desk = engine.limits.lab, engine.limits.measure, Desk(engine)
         several = lab or measure
-        tabs = gr.Tabs(elem_id="sd-tabs") if several else nullcontext()
+        tabs = gr.Tabs(elem_id="sd-tabs", overflow_behavior="wrap") if several else nullcontext()
         with tabs, gr.Tab("Race", id="race") if several else nullcontext(), gr.Row(elem_id="sd-page"):
             with gr.Column(elem_id="sd-rail", min_width=280, scale=0):
                 prompt = gr.Textbox(
@@ -93,9 +93,6 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
             with gr.Column(elem_id="sd-main", min_width=320):
                 view = token_view(feeds, shipped() if recordings else (), offered(lab))
                 with gr.Row(elem_id="sd-after"):
-                    download = gr.DownloadButton(
-                        "Download trace (JSON)", size="sm", elem_id="sd-download", interactive=False
-                    )
                     share = share_row()
                 figures()
                 if measure:
@@ -123,7 +120,6 @@ def build(engine: Engine, max_queue: int = 32, recordings: bool = True) -> gr.Bl
                 note=note,
                 status=status,
                 view=view,
-                download=download,
                 link=share.link,
                 ticket=gr.State({}),
                 timer=gr.Timer(0.5),

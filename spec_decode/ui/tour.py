@@ -13,11 +13,13 @@ from typing import Any
 
 import gradio as gr
 
+from ..request import Request
 from ..session.device import Engine
 from ..settings import Settings
 from .components import asset
 from .controls import Panel
 from .form import drafter_help
+from .linked import form_values
 from .wiring import AT_ONCE
 
 TOKENS = 160  # new tokens of a next step
@@ -25,14 +27,14 @@ TOKENS = 160  # new tokens of a next step
 
 @dataclass(frozen=True)
 class Step:
-    """Something to try after the tour: `says` what to look for. `example` is the id of the prompt, `values` those of
-    the settings that are not the default, `drafter` a part of the drafter's name that is preferred."""
+    """Something to try after the tour: `says` what to look for. `example` is the id of the prompt, `settings`
+    are fields of `Settings` that are not the default, `drafter` is the name that is preferred."""
 
     name: str
     title: str
     says: str
     example: str
-    values: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     drafter: str = ""
 
     @property
@@ -56,7 +58,7 @@ STEPS = (
         "Press Run, and look for long runs of rejected tokens: each round drafts and verifies 16 guesses at prose, and "
         "few are accepted. Below 1× drafting costs more time than it saves; the text is still the same.",
         "harbour",
-        {"policy": "fixed", "draft_length": 16, "temperature": 0.8},
+        {"draft_length": 16, "temperature": 0.8},
     ),
     Step(
         "samples",
@@ -98,15 +100,12 @@ def wire_tour(engine: Engine, prompt: gr.Textbox, panel: Panel, lab: tuple[gr.Ta
     def filling(step: Step) -> Callable[[], dict[Any, Any]]:
         def fill() -> dict[Any, Any]:
             now, most = engine.status(), engine.limits.new_tokens or TOKENS
-            start = Settings(max_new_tokens=min(TOKENS, most)).to_dict()
-            values = start | {"policy": "adaptive", "draft_length": 4, "rule": "auto"} | step.values
-            out = {panel.controls[name]: gr.update(value=values[name]) for name in panel.controls}
-            fixed = values["policy"] == "fixed"
-            out[panel.controls["draft_length"]] = gr.update(value=values["draft_length"], visible=fixed)
+            wanted = Request(texts[step.example], Settings(max_new_tokens=min(TOKENS, most), **step.settings))
+            out: dict[Any, Any] = {panel.controls[name]: value for name, value in form_values(wanted).items()}
             if now.drafters:
                 name = step.drafter if step.drafter in now.drafters else now.drafters[0]
                 out[panel.drafter] = gr.update(value=name, info=drafter_help(name))
-            return {**out, prompt: gr.update(value=texts[step.example])}
+            return {**out, prompt: wanted.prompt}
 
         return fill
 

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..events import Trace
 from ..session.feed import Feed, Feeds, idle
 from ..session.still import still
-from .components import SCRIPTS, asset, script
+from .components import SCRIPTS, asset, given, script
 from .terms import TERMS
 
 PAGE = ("branch.js", "tour.js", "page.js")  # scripts of the app's own page
@@ -45,12 +45,10 @@ def TokenView(value: Any = None, **options: Any) -> gr.HTML:  # noqa: N802  # us
     view = gr.HTML(
         shown(value),
         html_template=asset("token_view.html"),
-        js_on_load=script(*GUEST),
+        js_on_load=given(terms=TERMS, sheet=asset("app.css")) + script(*GUEST),
         apply_default_css=False,
         server_functions=[missing],
         elem_classes=["sd-guest", *_classes(options.pop("elem_classes", None))],
-        terms=TERMS,
-        sheet=asset("app.css"),
         **options,
     )
     view.postprocess = shown  # type: ignore[method-assign]

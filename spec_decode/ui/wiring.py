@@ -10,21 +10,19 @@ recording, Run plays that and the form counts for nothing.
 from __future__ import annotations
 
 import secrets
-import tempfile
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from ..errors import PromptError, UserError
-from ..events import Trace
 from ..loading.embedded import NAME as TINY
 from ..request import Request
 from ..session.branch import branch
+from ..session.caption import on_place
 from ..session.device import Engine, Status
 from ..session.feed import Feeds, idle
 from ..session.stream import run
@@ -58,7 +56,6 @@ class Page:
     note: gr.HTML
     status: gr.HTML
     view: gr.HTML
-    download: gr.DownloadButton
     link: gr.Textbox  # of the page's address, see `share`
     ticket: gr.State
     timer: gr.Timer
@@ -67,7 +64,7 @@ class Page:
 
 def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     """Connect everything."""
-    traces, outcomes = TraceFiles(), Outcomes()
+    outcomes = Outcomes()
     panel, form = page.panel, list(page.panel.controls.values())
     hidden, shown = gr.update(visible=False), gr.update(visible=True)
 
@@ -160,8 +157,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         try:
             for view in run(engine, visitor, wanted(), feeds.open(), keep_system=bool(keep_system)):
                 if view.trace:
-                    trace = traces.write(view.trace.exported(system=bool(keep_system)))
-                    outcomes.put(visitor, Outcome(view.problem or view.notice, trace=trace))
+                    outcomes.put(visitor, Outcome(view.problem or view.notice))
                 yield view.batch
         except PromptError as error:
             outcomes.put(visitor, Outcome(str(error), truncate=error.limit > 0))
@@ -177,8 +173,10 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
             page.status: status_html(now, drafter=drafter),
             page.note: note_html(outcome.problem) if outcome.problem else hidden,
             page.truncate: gr.update(visible=outcome.truncate),
-            page.download: gr.update(value=outcome.trace, interactive=True) if outcome.trace else gr.skip(),
         }
+
+    def leave_round(request: gr.Request) -> None:
+        engine.stop(drafting(request))
 
     def stop(request: gr.Request) -> None:
         for visitor in (str(request.session_hash), drafting(request)):
@@ -192,7 +190,6 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
             page.view: idle(),
             page.note: hidden,
             page.truncate: hidden,
-            page.download: gr.update(value=None, interactive=False),
         }
 
     watched = [page.status, page.go, page.retry, panel.drafter, panel.thinking, page.timer, page.prompt]
@@ -210,7 +207,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     page.truncate.click(
         lambda *asked: check(True, *asked), asked, checked, preprocess=False, concurrency_limit=None, **QUIET
     )
-    resting = [page.leave, page.stop, page.go, page.status, page.note, page.truncate, page.download]
+    resting = [page.leave, page.stop, page.go, page.status, page.note, page.truncate]
     # One output, taken as it is: Gradio builds a component anew for every update of a property, several times a
     # second, and even for outputs that are skipped. All that can wait for the end of the race waits for `rest`.
     racing: dict[str, Any] = {
@@ -248,10 +245,10 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         concurrency_limit=1,
         **QUIET,
     )
+    page.asked.clear(leave_round, None, None, **AT_ONCE)
     page.leave.click(rest, panel.drafter, resting, preprocess=False, cancels=[running, branching], **AT_ONCE)
     page.stop.click(stop, None, None, **AT_ONCE)
-    cleared = [page.prompt, page.view, page.note, page.truncate, page.download]
-    page.clear.click(wipe, None, cleared, **AT_ONCE)
+    page.clear.click(wipe, None, [page.prompt, page.view, page.note, page.truncate], **AT_ONCE)
     blocks.unload(stop)
 
 
@@ -263,15 +260,13 @@ def status_html(now: Status, busy: bool = False, drafter: str | None = None) -> 
     if now.phase != "ready" or not now.pair:
         line = escape(now.message)
     else:
-        pair = now.pair | {"drafter": drafter or now.pair.get("drafter")}
-        names = " + ".join(str(pair[key]) for key in ("target", "drafter") if pair.get(key))
-        place = ", ".join(str(pair[key]) for key in ("device", "dtype") if pair.get(key))
+        ran = on_place(now.pair | {"drafter": drafter or now.pair.get("drafter")})
         waits = "<b class='sd-waits'>Waiting for the device<span class='sd-place'></span>.</b>"
         runs, rests = ("Playing the recording.", "Recording.") if now.recording else ("Racing.", "Ready.")
         recorded = f", {escape(str(now.recording))}{'' if busy else '. Press Run to play it.'}" if now.recording else ""
         doing = f"{waits}<b class='sd-runs'>{runs}</b>" if busy else f"<b>{rests}</b>"
-        line = f"{doing} <span>{marked(f'{names} on {place}')}{recorded}</span>"
-        if pair.get("target") == TINY and not now.recording:
+        line = f"{doing} <span>{marked(ran)}{recorded}</span>"
+        if now.pair.get("target") == TINY and not now.recording:
             tiny = f'<p class="sd-tiny">{marked(TINY_ON_PURPOSE)}</p>'
     state = "busy" if busy and now.phase == "ready" else now.phase
     mark = " data-recording" if now.recording else ""
@@ -296,11 +291,10 @@ def note_html(message: str) -> Any:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a race leaves for the page: a message, whether truncating would help, and the file of its trace."""
+    """What a race leaves for the page: a message, and whether truncating would help."""
 
     problem: str | None = None
     truncate: bool = False
-    trace: str | None = None
 
 
 class Outcomes:
@@ -322,24 +316,3 @@ class Outcomes:
     def take(self, visitor: str) -> Outcome:
         """What is known, once; an empty outcome when nothing is."""
         return self._outcomes.pop(visitor, Outcome())
-
-
-class TraceFiles:
-    """Finished traces as files for the download button; only the last few are kept."""
-
-    def __init__(self, keep: int = 16) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="spec-decode-")
-        self._files: deque[Path] = deque()
-        self._keep = keep
-
-    def write(self, trace: Trace) -> str:
-        """The path of a new file with this trace."""
-        path = Path(self._folder.name) / secrets.token_hex(4) / "spec-decode-trace.json"
-        path.parent.mkdir()
-        path.write_text(trace.to_json(), encoding="utf-8")
-        self._files.append(path)
-        while len(self._files) > self._keep:
-            old = self._files.popleft()
-            old.unlink(missing_ok=True)
-            old.parent.rmdir()
-        return str(path)
