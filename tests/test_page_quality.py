@@ -87,6 +87,8 @@ def pays(visitor: Visitor) -> None:
 
 
 def over(visitor: Visitor) -> None:
+    if not visitor.page.is_visible("#sd-max-new-tokens input"):  # folded on a phone
+        visitor.page.click("#sd-settings > button")
     visitor.run("def fair(shares):", max_new_tokens=24)
     visitor.phase("done")
     visitor.page.wait_for_selector(".sd-b-draft:not([disabled])")

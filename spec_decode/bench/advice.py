@@ -140,10 +140,16 @@ class _Advisor:
         if strict.low > -SAME and strict.high < SAME:
             text = (
                 f"Speculation makes no difference on {self.whose}: with {named(self.best)}, the best of the draft "
-                f"lengths measured, the change in speed lies {between(_ratio(strict))}."
+                f"lengths measured, the change in speed lies {self._strict(strict)}."
             )
             return "same", [Sentence("same", text, figures, "draft lengths")]
         return "cannot tell", [self._cannot_tell(strict, figures)]
+
+    def _strict(self, strict: Interval) -> str:
+        """An interval that is wider than those of the table, and why."""
+        count = len(self.lengths)
+        why = f", since {count} of them are compared" if count > 1 else ""
+        return f"{between(_ratio(strict))} (with {100 * (1 - self.error):.4g} % confidence{why})"
 
     def _cannot_tell(self, strict: Interval, figures: dict[str, Any]) -> Sentence:
         """What is missing: prompts, or repeats where these scatter more than prompts do."""
@@ -153,7 +159,7 @@ class _Advisor:
             return Sentence("cannot tell", text, {**figures, "more_repeats": 3}, "draft lengths")
         text = (
             f"These measurements cannot tell whether speculation pays on {self.whose}: with {named(self.best)}, the "
-            f"best of the draft lengths measured, the change in speed lies {between(_ratio(strict))}."
+            f"best of the draft lengths measured, the change in speed lies {self._strict(strict)}."
         )
         more = max(intervals.LEAST, intervals.prompts_needed(values, SAME, self.error) - len(values))
         unit = "prompts like these" if self.speedups.general else "repeats"
