@@ -215,6 +215,21 @@ def test_the_javascript_of_the_documents_names_what_there_is(served: Any, tmp_pa
         subprocess.run([node, "--check", tmp_path / "call.mjs"], check=True, timeout=60)
 
 
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("npm") is None, reason="no npm")
+def test_the_javascript_of_the_documents_runs(served: Any, tmp_path: Path) -> None:
+    """With Gradio's JavaScript client, from npm's registry."""
+    _, _, url = served
+    if subprocess.run(["npm", "install", "@gradio/client"], cwd=tmp_path, timeout=120, check=False).returncode:
+        pytest.skip("npm's registry is not reached")
+    (tmp_path / "call.mjs").write_text(documented("js").replace("http://127.0.0.1:7860", url), encoding="utf-8")
+    ran = subprocess.run(["node", "call.mjs"], cwd=tmp_path, text=True, capture_output=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    speedup, low, high, same = re.findall(r"^([\d.]+) \[ ([\d.]+), ([\d.]+) \] (true)$", ran.stdout, re.M)[0]
+    assert 0 < float(low) < float(speedup) < float(high) and same == "true"
+    assert "status: 'done'" in ran.stdout and "status: 'running'" in ran.stdout
+
+
 def loaded(source: Any) -> Engine:
     engine = Engine(lambda progress: source)
     engine.start()
