@@ -1,8 +1,8 @@
 // What a visitor tries on a finished race: another token at a position, and a draft of their own.
 // In: a view with its inspector, whose race tells what branches are made of (`about.request`, else `about.unbranched` says
 // why there are none; spec_decode/session/branch.py). Out: questions as events "sd-ask" of the document, which another race
-// or an event "sd-answer" follows; one with `leave` takes the question of a round back. The page holds all of it: the races, the ids, the score. Knows neither Gradio nor a
-// server. Every text enters the page as a text node.
+// or an event "sd-answer" follows; one with `leave` takes the question of a round back. The page holds all of it: the
+// races, the ids, the score. Knows neither Gradio nor a server. Every text enters the page as a text node.
 SpecDecode.branch = (view) => {
   const { root } = view, { make, button, digits, quoted } = SpecDecode, listen = SpecDecode.listener(root);
   const MOST = 16; // tokens of a draft in a round
@@ -148,6 +148,7 @@ SpecDecode.branch = (view) => {
       } else {
         entries = [];
         at = 0;
+        leave();
         panel.hidden = true;
       }
       pending = null;
@@ -249,7 +250,15 @@ SpecDecode.branch = (view) => {
     panel.scrollIntoView({ block: "nearest" });
     field.focus({ preventScroll: true });
   }
+  // Takes a question back that is not answered yet: its round ends, or never begins.
+  function leave() {
+    const asked = Boolean(person && person.waiting);
+    if (asked) ask({ leave: true });
+    if (asked) person.waiting = null;
+    return asked;
+  }
   function shut() {
+    leave();
     panel.hidden = true;
     person = null;
     draft.focus({ preventScroll: true });
@@ -283,10 +292,7 @@ SpecDecode.branch = (view) => {
   }
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    if (person.waiting) {
-      ask({ leave: true }); // the round ends, and gives the device back
-      return answered({ problem: "Cancelled. The text is as it was." });
-    }
+    if (leave()) return answered({ problem: "Cancelled. The text is as it was." });
     if (!field.value) return field.focus();
     const id = crypto.getRandomValues(new Uint32Array(2)).join("-");
     person.waiting = id;

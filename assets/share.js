@@ -188,7 +188,7 @@ document.addEventListener("sd-filled", (event) => {
   };
   asks.setAttribute("role", "status");
   note.replaceChildren(asks, make("div", "sd-share-row", yes, button("", "", close, "Not now")));
-  asks.textContent = "The link asks to run this race on this server."; // after it is there, so that it is read out
+  setTimeout(() => { asks.textContent = "The link asks to run this race on this server."; }, 100); // what a status says is read out when it changes
   wait();
 });
 const opened = () => {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -421,25 +422,24 @@ def test_branches_and_drafts_on_the_page(browser: Any, small: tuple[str, Any]) -
 
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_a_round_that_is_taken_back_is_stopped(
+def test_a_round_that_is_taken_back_is_stopped_and_the_next_is_answered(
     browser: Any, small: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, stopped, raced_ = threading.Event(), threading.Event(), branch._raced
-    whose: list[str] = []
+    begun, ended, raced_ = threading.Semaphore(0), threading.Semaphore(0), branch._raced
+    holding = True
 
-    def held(engine: Engine, visitor: str, request: Request) -> Any:
-        whose.append(visitor)
-        begun.set()
-        assert stopped.wait(60)
-        return raced_(engine, visitor, request)
-
-    def stop(self: Engine, visitor: str) -> bool:
-        if visitor in whose:  # pages of other tests stop theirs when they are closed
-            stopped.set()
-        return False
+    def held(engine: Engine, visitor: str, request: Request, gone: Callable[[], bool]) -> Any:
+        begun.release()
+        end = time.monotonic() + 60
+        while holding and not gone():
+            assert time.monotonic() < end, "the server does not learn of it"
+            time.sleep(0.02)
+        try:
+            return raced_(engine, visitor, request, gone)
+        finally:
+            ended.release()
 
     monkeypatch.setattr(branch, "_raced", held)
-    monkeypatch.setattr(Engine, "stop", stop)
     visitor = Visitor(browser, small[0], reduced_motion="reduce").ready()
     page = visitor.page
     visitor.run(PROMPT, max_new_tokens=12)
@@ -448,11 +448,30 @@ def test_a_round_that_is_taken_back_is_stopped(
     page.fill(".sd-person textarea", "abc")
     page.keyboard.press("Enter")
     page.wait_for_selector(".sd-p-go >> text=Cancel")
-    assert begun.wait(60) and not stopped.is_set()
+    assert begun.acquire(timeout=60)
     page.click(".sd-p-go")
-    assert stopped.wait(60), "the server learns of it"
     assert "The text is as it was" in visitor.text(".sd-p-round")
-    page.wait_for_timeout(500)
-    assert "The text is as it was" in visitor.text(".sd-p-round"), "an answer that comes late is not shown"
-    assert visitor.errors == []
+    holding = False
+    page.fill(".sd-person textarea", "abcd")
+    page.keyboard.press("Enter")  # before the round that was taken back has ended
+    page.wait_for_selector(".sd-p-round b >> text=of 4 accepted", timeout=60_000)
+    assert begun.acquire(timeout=60) and ended.acquire(timeout=60) and ended.acquire(timeout=60)
+
+    holding = True
+    page.fill(".sd-person textarea", "abc")
+    page.keyboard.press("Enter")
+    assert begun.acquire(timeout=60)
+    page.keyboard.press("Escape")
+    assert ended.acquire(timeout=60), "a panel that is closed takes its question back"
+    assert page.is_hidden(".sd-person") and visitor.errors == []
     page.close()
+
+
+def test_a_question_that_was_taken_back_takes_no_device(engine: Any) -> None:
+    made, _ = engine
+    answer = json.loads(branch.one_round(made, "me", asked(draft="abc"), gone=lambda: True))
+    assert answer == {"answer": "7", "problem": branch.TAKEN_BACK}
+    steps = iter([False, False, True])
+    answer = json.loads(branch.one_round(made, "me", asked(draft="abc"), gone=lambda: next(steps, True)))
+    assert answer == {"answer": "7", "problem": branch.TAKEN_BACK}, "nor does one that runs keep it"
+    assert made._running == {}

@@ -297,3 +297,18 @@ def test_a_thousand_hostile_files_are_refused_in_the_browser(browser: Any, fake_
     visitor = ready(browser, fake_app()[0])
     assert 100 < hostility(visitor, 1000, seed=2) < 900
     visitor.page.close()
+
+
+def test_an_embedded_page_is_the_prompt_and_both_lanes_from_its_top_on(browser: Any, fake_app: Any) -> None:
+    visitor = Visitor(browser, fake_app()[0] + "?embed=1&theme=").ready()
+    page = visitor.page
+    assert page.is_hidden(".sd-header") and page.is_hidden("#sd-after") and page.is_hidden(".sd-timeline")
+    assert page.eval_on_selector("#sd-prompt", "e => e.getBoundingClientRect().top") < 40, (
+        "no room for what is not there"
+    )
+    page.fill("#sd-prompt textarea", "hello")
+    page.click("#sd-run")
+    visitor.phase("done")
+    assert page.is_visible(".sd-speculative .sd-text .a") and page.is_visible(".sd-whole")
+    assert visitor.errors == []
+    page.close()

@@ -28,7 +28,7 @@ from spec_decode.settings import Settings
 from spec_decode.ui import Engine, Limits, TokenView, components, theme
 from spec_decode.ui.components import token_view
 from spec_decode.ui.controls import POLICIES, RULES, help_updates
-from spec_decode.ui.form import CONTROLS, RULE_HELP, drafter_help, problem, settings_from_form
+from spec_decode.ui.form import CONTROLS, RULE_HELP, drafter_help, named, problem, settings_from_form
 from spec_decode.ui.layout import examples
 from spec_decode.ui.terms import TERMS
 from spec_decode.ui.wiring import note_html, status_html
@@ -290,7 +290,8 @@ def test_a_batch_says_what_was_run() -> None:
         assert part in said
     assert "top-p" not in said and "(900 characters)" in about["prompt"] and len(about["prompt"]) < 900
     local = caption(Request("hello"), {"target": "/home/me/secret/model", "drafter": "./d/assistant", "device": "cpu"})
-    assert local["settings"][0] == "model + assistant on cpu", "visitors read no paths of this machine"
+    assert local["settings"][0] == "model + assistant on cpu", "of a local path the last component"
+    assert named(("mtp", "/home/me/secret/assistant")) == [("mtp", "mtp"), ("assistant", "/home/me/secret/assistant")]
     greedy = " ".join(caption(Request("hello", Settings(seed=5)), {"target": "t"})["settings"])
     assert "seed" not in greedy, "what had no effect is not listed"
     assert "lossy" in " ".join(caption(Request("hello", Settings(rule="threshold")), {"target": "t"})["settings"])

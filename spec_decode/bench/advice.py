@@ -146,9 +146,10 @@ class _Advisor:
         return "cannot tell", [self._cannot_tell(strict, figures)]
 
     def _strict(self, strict: Interval) -> str:
-        """An interval that is wider than those of the table, and why."""
+        """An interval that is wider than those of the table, with its confidence: what is said of all draft lengths and
+        their pairs is to be right together."""
         count = len(self.lengths)
-        why = f", since {count} of them are compared" if count > 1 else ""
+        why = f", shared by {count} draft lengths and their pairs" if count > 1 else ""
         return f"{between(_ratio(strict))} (with {100 * (1 - self.error):.4g} % confidence{why})"
 
     def _cannot_tell(self, strict: Interval, figures: dict[str, Any]) -> Sentence:

@@ -16,6 +16,7 @@ import secrets
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,7 @@ FOREIGN = "This source cannot go on from a given text."
 LONG = f"Branches are offered for conversations of up to {MOST:,} characters."
 CUT = "The prompt was cut to fit; race one that fits whole to try another token or to draft."
 UNREADABLE = "This is no branch that can be raced."
+TAKEN_BACK = "The round was stopped before it was over."
 
 
 def offer(status: Status, request: Request) -> dict[str, Any]:
@@ -64,12 +66,13 @@ def branch(asked: object, limits: Limits) -> Request:
     return replace(request, settings=settings)
 
 
-def one_round(engine: Engine, visitor: str, asked: object) -> str:
+def one_round(engine: Engine, visitor: str, asked: object, gone: Callable[[], bool] = lambda: False) -> str:
     """One round after a given text with what a person drafted, at most `MAX_DRAFT_LENGTH` tokens of it. Takes the
     device for as long as the text is read and the round runs.
 
     Args:
         asked: as of `branch`, with an "id" that the answer repeats.
+        gone: whether nobody waits for the answer any more; asked before the device is taken and between steps.
 
     Returns:
         JSON {"answer": id, "round": as `encode_round` makes it, "ended": "stop" or "length" where the text ends with
@@ -85,7 +88,7 @@ def one_round(engine: Engine, visitor: str, asked: object) -> str:
         settings = _unused(request.settings)
         most = min(left, MAX_DRAFT_LENGTH + 1)
         settings = replace(settings, draft_length=MAX_DRAFT_LENGTH, max_new_tokens=most)
-        made, pieces, finish = _raced(engine, visitor, replace(request, settings=settings))
+        made, pieces, finish = _raced(engine, visitor, replace(request, settings=settings), gone)
     except UserError as error:
         return dumps({"answer": name, "problem": str(error)})
     except Exception as error:  # the page must outlive whatever a library throws
@@ -96,22 +99,26 @@ def one_round(engine: Engine, visitor: str, asked: object) -> str:
     return f'{head},"round":{encode_round(made, pieces)}}}'
 
 
-def _raced(engine: Engine, visitor: str, request: Request) -> tuple[Round, dict[str, str], str | None]:
+def _raced(
+    engine: Engine, visitor: str, request: Request, gone: Callable[[], bool]
+) -> tuple[Round, dict[str, str], str | None]:
     """The round with the person's draft, the texts of its alternatives, and why the lane ended with it, None where it
     goes on."""
+    if gone():
+        raise SettingsError("draft", TAKEN_BACK)
     race = engine.open(visitor, request)
     try:
         limit, began = engine.limits.seconds, time.perf_counter()
         fast: list[Round] = []
         done = False
         # The round after it, or the end, says whether the text goes on.
-        while not done and len(fast) < 3:
+        while not done and len(fast) < 3 and not gone():
             rounds, done = race.advance(0.0)
             fast += [r for r in rounds if r.lane == SPECULATIVE]
             if limit is not None and time.perf_counter() - began > limit:
                 race.stop("time")
-        if len(fast) < 2:
-            raise SettingsError("draft", "The round was stopped before it was over.")
+        if gone() or len(fast) < 2:
+            raise SettingsError("draft", TAKEN_BACK)
         if fast[1].drafter != PERSON:
             raise SettingsError("draft", "No tokens can be made of this text; type what comes next.")
         return fast[1], race.pieces(fast[1:2]), None if len(fast) > 2 else race.trace.finish.get(SPECULATIVE)

@@ -98,8 +98,7 @@ def caption(request: Request, pair: dict[str, Any], recording: Recording | None 
 
 
 def on_place(pair: dict[str, Any]) -> str:
-    """The names of a pair and what it runs on, in one line; of local paths the last component is left, since whoever
-    visits the page reads it."""
+    """The names of a pair and what it runs on, in one line; of local paths the last component is left."""
     told = portable(pair)
     names, place = (
         by.join(str(told[key]) for key in keys if told.get(key))

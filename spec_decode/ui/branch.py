@@ -7,7 +7,7 @@ its answers. The events are in `wiring`, as those of every race.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import deque
 from typing import Any
 
 import gradio as gr
@@ -49,10 +49,24 @@ def drafting(request: gr.Request) -> str:
     return f"{request.session_hash}/draft"
 
 
-def answer(engine: Engine) -> Callable[..., str]:
-    """The function that answers one round with a person's draft."""
+class Rounds:
+    """Answers to questions of one round with a person's draft, of which the page may take one back while it waits for
+    the device or runs. Only the last few that were taken back are kept."""
 
-    def draft_round(request: gr.Request, asked: str) -> str:
-        return one_round(engine, drafting(request), read(asked))
+    def __init__(self, engine: Engine, keep: int = 256) -> None:
+        self._engine = engine
+        self._left: deque[tuple[str, str]] = deque(maxlen=keep)
 
-    return draft_round
+    def leave(self, visitor: str, asked: object) -> None:
+        """The page no longer waits for the answer to this question."""
+        self._left.append((visitor, _id(read(asked))))
+
+    def answer(self, request: gr.Request, asked: str) -> str:
+        """One round, as `session.branch.one_round`."""
+        visitor, question = drafting(request), read(asked)
+        mine = (visitor, _id(question))
+        return one_round(self._engine, visitor, question, gone=lambda: mine in self._left)
+
+
+def _id(question: object) -> str:
+    return str(question.get("id"))[:64] if isinstance(question, dict) else ""

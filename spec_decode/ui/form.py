@@ -5,12 +5,14 @@ In: the raw values of the controls, as the browser sent them. Out: `Settings`, o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import SettingsError
 from ..rules import RULES
 from ..session.device import Limits
 from ..settings import Settings
+from ..trace_format import portable
 from .terms import TERMS
 
 # control → its line of help; the order is the order of the form's inputs
@@ -42,6 +44,11 @@ def drafter_help(name: str | None) -> str:
     """The line of help beneath the choice of a drafter, for the one that is chosen."""
     parts = [TERMS[part] for part in (name or "").split("+") if part in TERMS]
     return " ".join(parts) or "What drafts (guesses) the next tokens."
+
+
+def named(drafters: Sequence[str]) -> list[tuple[str, str]]:
+    """Choices of drafters, (label, value) each: a local path goes by its last component."""
+    return [(portable(name), name) for name in drafters]
 
 
 def settings_from_form(values: dict[str, Any]) -> Settings:

@@ -19,7 +19,7 @@ from ..errors import quoted
 from ..session.device import Engine
 from ..share import link, saved
 from .components import script
-from .form import CONTROLS, drafter_help
+from .form import CONTROLS, drafter_help, named
 from .linked import form_values
 from .wiring import Page, note_html, status_html
 
@@ -100,7 +100,7 @@ def connect(engine: Engine, share: Share, page: Page) -> None:
         if now.phase == "ready":
             known = link.offered(request.drafter, now.drafters)
             own = known or now.drafters[0]
-            out[panel.drafter] = gr.update(choices=list(now.drafters), value=own, info=drafter_help(own))
+            out[panel.drafter] = gr.update(choices=named(now.drafters), value=own, info=drafter_help(own))
             if 'data-state="busy"' not in str(seen):  # else it goes on naming the drafter of the race
                 out[page.status] = status_html(now, drafter=own)
             if request.drafter and not known:

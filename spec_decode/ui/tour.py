@@ -100,8 +100,10 @@ def wire_tour(engine: Engine, prompt: gr.Textbox, panel: Panel, lab: tuple[gr.Ta
     def filling(step: Step) -> Callable[[], dict[Any, Any]]:
         def fill() -> dict[Any, Any]:
             now, most = engine.status(), engine.limits.new_tokens or TOKENS
-            wanted = Request(texts[step.example], Settings(max_new_tokens=min(TOKENS, most), **step.settings))
-            out: dict[Any, Any] = {panel.controls[name]: value for name, value in form_values(wanted).items()}
+            settings = Settings(**{"max_new_tokens": min(TOKENS, most), **step.settings})
+            wanted = Request(texts[step.example], settings)
+            values = {"draft_length": 4, "lenience": settings.lenience, **form_values(wanted)}
+            out: dict[Any, Any] = {panel.controls[name]: value for name, value in values.items()}
             if now.drafters:
                 name = step.drafter if step.drafter in now.drafters else now.drafters[0]
                 out[panel.drafter] = gr.update(value=name, info=drafter_help(name))

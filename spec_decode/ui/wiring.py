@@ -26,9 +26,9 @@ from ..session.caption import on_place
 from ..session.device import Engine, Status
 from ..session.feed import Feeds, idle
 from ..session.stream import run
-from .branch import answer, drafting, read
+from .branch import Rounds, drafting, read
 from .controls import Panel, help_updates
-from .form import CONTROLS, drafter_help, problem, settings_from_form
+from .form import CONTROLS, drafter_help, named, problem, settings_from_form
 from .linked import ADDRESS, wanted
 from .terms import marked
 
@@ -64,7 +64,7 @@ class Page:
 
 def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     """Connect everything."""
-    outcomes = Outcomes()
+    outcomes, rounds = Outcomes(), Rounds(engine)
     panel, form = page.panel, list(page.panel.controls.values())
     hidden, shown = gr.update(visible=False), gr.update(visible=True)
 
@@ -81,7 +81,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
         if now.phase == "ready":
             own, thinking = wanted(fragment, now.drafters, bool(now.thinking))
             out[page.status] = status_html(now, drafter=own)
-            out[panel.drafter] = gr.update(choices=list(now.drafters), value=own, info=drafter_help(own))
+            out[panel.drafter] = gr.update(choices=named(now.drafters), value=own, info=drafter_help(own))
             out[panel.thinking] = gr.update(visible=now.thinking is not None, value=thinking)
             if now.recording:
                 out[page.prompt] = gr.update(value=now.recording.request.prompt, interactive=False)
@@ -175,7 +175,8 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
             page.truncate: gr.update(visible=outcome.truncate),
         }
 
-    def leave_round(request: gr.Request) -> None:
+    def leave_round(request: gr.Request, asked: str) -> None:
+        rounds.leave(drafting(request), asked)
         engine.stop(drafting(request))
 
     def stop(request: gr.Request) -> None:
@@ -236,16 +237,17 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     )
     branching.then(rest, panel.drafter, resting, preprocess=False, **AT_ONCE)
     page.asked.input(
-        answer(engine),
+        rounds.answer,
         page.asked,
         page.asked,
+        trigger_mode="multiple",  # a question after one that was taken back, which has not been answered yet
         preprocess=False,
         postprocess=False,
         concurrency_id=DEVICE,
         concurrency_limit=1,
         **QUIET,
     )
-    page.asked.clear(leave_round, None, None, **AT_ONCE)
+    page.asked.clear(leave_round, page.asked, None, preprocess=False, **AT_ONCE)
     page.leave.click(rest, panel.drafter, resting, preprocess=False, cancels=[running, branching], **AT_ONCE)
     page.stop.click(stop, None, None, **AT_ONCE)
     page.clear.click(wipe, None, [page.prompt, page.view, page.note, page.truncate], **AT_ONCE)
