@@ -61,7 +61,7 @@ class Rounds:
         """The page no longer waits for the answer to this question."""
         self._left.append((visitor, _id(read(asked))))
 
-    def answer(self, request: gr.Request, asked: str) -> str:
+    def draft_round(self, request: gr.Request, asked: str) -> str:
         """One round, as `session.branch.one_round`."""
         visitor, question = drafting(request), read(asked)
         mine = (visitor, _id(question))

@@ -237,7 +237,7 @@ def wire(engine: Engine, feeds: Feeds, page: Page, blocks: gr.Blocks) -> None:
     )
     branching.then(rest, panel.drafter, resting, preprocess=False, **AT_ONCE)
     page.asked.input(
-        rounds.answer,
+        rounds.draft_round,
         page.asked,
         page.asked,
         trigger_mode="multiple",  # a question after one that was taken back, which has not been answered yet
