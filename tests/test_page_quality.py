@@ -1,8 +1,8 @@
 # ruff: noqa: F811 (fixtures of another file are imported, and named again where they are asked for)
 """What holds in every state of the page: axe finds nothing serious, keys reach all, names are told, nothing moves.
 
-A state of the page is one function in `STATES`, which brings a visitor's page there. The matrix of states and settings
-of the browser is under the marker `long`; one page of each kind is in the default suite.
+A state of the page is one entry of `STATES`, a function which brings a visitor's page there. The matrix of states and
+settings of the browser is under the marker `long`; one page of each kind is in the default suite.
 """
 
 from __future__ import annotations
@@ -58,32 +58,17 @@ def queue(visitor: Visitor) -> None:
     visitor.page.wait_for_selector("#sd-status .sd-waits", state="visible")
 
 
-def lab(visitor: Visitor) -> None:
-    visitor.page.click("button[role=tab]:has-text('Exactness lab')")
-    visitor.page.wait_for_selector("#sd-lab-run", state="visible")
+def pressed(
+    button: str, shows: str, before: Callable[[Visitor], None] = lambda visitor: None
+) -> Callable[[Visitor], None]:
+    """Brings a page to where a press on `button` shows an element, from the state `before`."""
 
+    def reach(visitor: Visitor) -> None:
+        before(visitor)
+        visitor.page.click(button)
+        visitor.page.wait_for_selector(shows, state="visible")
 
-def tour(visitor: Visitor) -> None:
-    done(visitor)
-    visitor.page.click(".sd-tour-open")
-    visitor.page.wait_for_selector(".sd-tour .sd-tour-next")
-
-
-def share(visitor: Visitor) -> None:
-    done(visitor)
-    visitor.page.click(".sd-share button:text-is('Share')")
-    visitor.page.wait_for_selector(".sd-share button:has-text('Copy link')", state="visible")
-
-
-def pinned(visitor: Visitor) -> None:
-    done(visitor)
-    visitor.page.click(".sd-pin")
-    visitor.page.wait_for_selector(".sd-pins-table tbody tr")
-
-
-def pays(visitor: Visitor) -> None:
-    visitor.page.click("button[role=tab]:has-text('Does it pay?')")
-    visitor.page.wait_for_selector("#sd-pays-run", state="visible")
+    return reach
 
 
 def over(visitor: Visitor) -> None:
@@ -119,11 +104,11 @@ STATES: dict[str, Callable[[Visitor], None]] = {
     "inspector open": inspector,
     "error": error,
     "queue": queue,
-    "lab": lab,
-    "tour": tour,
-    "share": share,
-    "pinned": pinned,
-    "does it pay": pays,
+    "lab": pressed("button[role=tab]:has-text('Exactness lab')", "#sd-lab-run"),
+    "tour": pressed(".sd-tour-open", ".sd-tour .sd-tour-next", done),
+    "share": pressed(".sd-share button:text-is('Share')", ".sd-share button:has-text('Copy link')", done),
+    "pinned": pressed(".sd-pin", ".sd-pins-table tbody tr", done),
+    "does it pay": pressed("button[role=tab]:has-text('Does it pay?')", "#sd-pays-run"),
 }
 # Those that need a model: a tiny pair of random weights.
 ASKING: dict[str, Callable[[Visitor], None]] = {"person drafts": person, "branch": branch}
